@@ -1,0 +1,156 @@
+"""The two mixers, attention and fast weights, and the block that holds one of them.
+
+Attention keeps every token of the window, exactly, for as long as the window lasts. Fast weights keep a matrix of
+fixed size for as long as the sequence lasts. A ``WindowCache`` is what attention needs in order to read one window in
+pieces; it is thrown away with the window, and so is the short convolution's tail, so that nothing but S outlives it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sleepedu.fast_weights import gated_delta_chunked
+
+
+@dataclass
+class WindowCache:
+    """What one layer remembers of the tokens already read in the current window.
+
+    keys, values: (batch, heads, length, size) of an attention layer; tail: (batch, convolution - 1, channels), the
+    last inputs of a fast-weight layer's short convolution. A layer fills in what it uses.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    tail: Tensor | None = None
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention over the current window, o = V^T softmax(K q / sqrt(d)), with rotary positions.
+
+    x: (batch, length, width) -> (batch, length, width). Positions count from 0 in every window. With a cache, x
+    continues the tokens in it and the cache grows by x.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
+        seen = 0 if cache is None or cache.keys is None else cache.keys.shape[2]
+        qkv = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, b, h, l, d)
+        q, k = rotate(qkv[:2], start=seen)
+        v = qkv[2]
+        mask = None
+        if cache is not None:
+            if seen:
+                k, v = torch.cat((cache.keys, k), dim=2), torch.cat((cache.values, v), dim=2)
+                mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
+            cache.keys, cache.values = k, v
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+class FastWeightMixer(nn.Module):
+    """The gated delta rule as a layer (Gated DeltaNet, Yang et al. 2024): reads and writes the fast weights S.
+
+    x: (batch, length, width), S: (batch, heads, value_size, key_size) -> output like x, and the S after the last
+    token. q, k and v pass a short causal convolution and SiLU; q and k get unit length; the gates are
+    a = exp(-exp(A) softplus(W_a x + dt)) and b = write_range * sigmoid(W_b x). S is float32 under autocast too.
+    """
+
+    def __init__(self, width: int, heads: int, key_size: int, value_size: int, convolution: int, write_range: float):
+        super().__init__()
+        self.heads, self.key_size, self.value_size = heads, key_size, value_size
+        self.write_range = write_range
+        mixed = heads * (2 * key_size + value_size)  # channels of q, k and v together
+        self.mixed = mixed
+        self.project = nn.Linear(width, mixed + heads * value_size, bias=False)  # ..., and of the output gate
+        self.taps = nn.Parameter(torch.zeros(convolution, mixed))
+        self.gates = nn.Linear(width, 2 * heads)
+        self.decay_rate = nn.Parameter(torch.zeros(heads))  # A
+        self.norm = nn.Parameter(torch.ones(value_size))
+        self.out = nn.Linear(heads * value_size, width, bias=False)
+        with torch.no_grad():
+            self.taps[-1] = 1.0  # at first a token sees itself alone
+            self.gates.weight.mul_(0.1)
+            self.gates.bias[:heads] = -4.0  # dt: forget about 2% a token at first
+            self.gates.bias[heads:] = 0.0
+
+    def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
+        mixed, gate = self.project(x).split((self.mixed, self.heads * self.value_size), dim=-1)
+        mixed = F.silu(self.convolve(mixed, cache))
+        sizes = (self.heads * self.key_size,) * 2 + (self.heads * self.value_size,)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.split(sizes, dim=-1))
+        forget, write = self.gates(x).float().transpose(1, 2).chunk(2, dim=1)  # (b, h, l) each
+        log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)
+        b = self.write_range * write.sigmoid()
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+            o, S = gated_delta_chunked(q, k, v.float(), log_a, b, S)
+            o = F.rms_norm(o, (self.value_size,), self.norm, eps=1e-6)
+        return self.out(o.transpose(1, 2).flatten(2) * F.silu(gate)), S
+
+    def convolve(self, x: Tensor, cache: WindowCache | None) -> Tensor:
+        """Mix every channel with its last few tokens; a window starts with nothing before it."""
+        reach, length = len(self.taps) - 1, x.shape[1]
+        tail = None if cache is None else cache.tail
+        x = F.pad(x, (0, 0, reach, 0)) if tail is None else torch.cat((tail, x), dim=1)
+        if cache is not None:
+            cache.tail = x[:, length:]
+        y = self.taps[0] * x[:, :length]
+        for i in range(1, reach + 1):
+            y = torch.addcmul(y, self.taps[i], x[:, i : i + length])
+        return y
+
+
+class SwiGLU(nn.Module):
+    """The block's MLP, out(silu(gate(x)) * up(x)): (batch, length, width) -> the same."""
+
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        inner = int(width * ratio)
+        self.project = nn.Linear(width, 2 * inner, bias=False)  # gate and up
+        self.out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Mixer and MLP, each behind an RMSNorm and added to the residual stream h (batch, length, width)."""
+
+    def __init__(self, mixer: CausalAttention | FastWeightMixer, width: int, mlp_ratio: float):
+        super().__init__()
+        self.mixer = mixer
+        self.mlp = SwiGLU(width, mlp_ratio)
+        self.mixer_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+
+    @property
+    def has_fast_weights(self) -> bool:
+        return isinstance(self.mixer, FastWeightMixer)
+
+    def forward(self, h: Tensor, S: Tensor | None, cache: WindowCache | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.mixer_norm(h)
+        if self.has_fast_weights:
+            mixed, S = self.mixer(x, S, cache)
+        else:
+            mixed = self.mixer(x, cache)
+        h = h + mixed
+        return h + self.mlp(self.mlp_norm(h)), S
+
+
+def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
+    """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
+    length, half = x.shape[-2], x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (l, half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -1,0 +1,171 @@
+"""The hybrid language model: embed -> blocks -> out. It owns no loop; ``sleepedu.sleep`` does.
+
+Symbols: b batch, l tokens of a window, w width, V vocabulary; h (b, l, w) the hidden states of a window; S the fast
+weights, one (b, heads, d_v, d_k) matrix stack for every fast-weight layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sleepedu.layers import Block, CausalAttention, FastWeightMixer, WindowCache
+
+MIXERS = {"a": "attention", "g": "fast weights (gated delta rule)"}
+CARRIES = ("hidden", "inject", "embed")
+
+FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the first to the last
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes a ``SleepLM``.
+
+    vocabulary: number of token ids. layout: one letter a block, "a" attention or "g" fast weights, so "agag" is the
+    paper's hybrid and "aaaa" a plain transformer. heads x key_size and heads x value_size are the sizes of S
+    (0 means width / heads). carry: what one sleep pass hands the next, "hidden" (the paper: h itself), "inject"
+    (h normalised and mixed with the embedding again) or "embed" (nothing but S).
+
+    The paper leaves these open; we chose: pre-norm RMSNorm; rotary positions that count from 0 in every window; an
+    empty convolution tail at every window; h carried as it is, without normalisation; float32.
+    Raises ValueError for a value that makes no model.
+    """
+
+    vocabulary: int
+    layout: str = "agag"
+    width: int = 64
+    heads: int = 4
+    key_size: int = 0
+    value_size: int = 0
+    mlp_ratio: float = 2.0
+    convolution: int = 4
+    write_range: float = 2.0
+    carry: str = "hidden"
+
+    def __post_init__(self):
+        for name in ("vocabulary", "width", "heads", "convolution"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        unknown = sorted(set(self.layout) - set(MIXERS))
+        if unknown or not self.layout:
+            allowed = ", ".join(f"{letter!r} {what}" for letter, what in MIXERS.items())
+            raise ValueError(f"layout {self.layout!r} has unknown letters {unknown}: use one or more of {allowed}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
+        if self.key_size < 0 or self.value_size < 0:
+            raise ValueError(f"key_size and value_size must not be negative: {self.key_size}, {self.value_size}")
+        if not 0 < self.write_range <= 2:
+            raise ValueError(f"write_range must lie in (0, 2] for the rule to be stable, got {self.write_range}")
+        if self.mlp_ratio * self.width < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit at width {self.width}")
+        if self.carry not in CARRIES:
+            raise ValueError(f"carry {self.carry!r} is unknown: use one of {CARRIES}")
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """The shape of S for one sequence and layer: (heads, d_v, d_k)."""
+        per_head = self.width // self.heads
+        return (self.heads, self.value_size or per_head, self.key_size or per_head)
+
+
+class SleepLM(nn.Module):
+    """A language model of attention and fast-weight blocks, called one pass over one window at a time.
+
+    Built from a ``ModelConfig`` in the order of its layout. Methods raise ValueError for token ids outside the
+    vocabulary and for fast weights whose number, shape or device do not fit.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        heads, value_size, key_size = config.state_shape
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList()
+        for letter in config.layout:
+            if letter == "a":
+                mixer = CausalAttention(config.width, heads)
+            else:
+                mixer = FastWeightMixer(
+                    config.width, heads, key_size, value_size, config.convolution, config.write_range
+                )
+            self.layers.append(Block(mixer, config.width, config.mlp_ratio))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        if config.carry == "inject":
+            self.inject = nn.Linear(2 * config.width, config.width, bias=False)
+            with torch.no_grad():  # at first: the embedding plus half the normalised h
+                eye = torch.eye(config.width)
+                self.inject.weight.copy_(torch.cat((eye, eye / 2), dim=1))
+
+    @property
+    def fast_layers(self) -> list[int]:
+        """The indices of the blocks that have fast weights."""
+        return [index for index, letter in enumerate(self.config.layout) if letter == "g"]
+
+    def empty_fast_weights(self, batch: int) -> FastWeights:
+        """Return S = 0 for every fast-weight layer, each (batch, heads, d_v, d_k) in float32."""
+        device = self.head.weight.device
+        dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
+        shape = (batch, *self.config.state_shape)
+        return tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in self.fast_layers)
+
+    def empty_cache(self) -> list[WindowCache]:
+        """Return the cache of a window of which nothing has been read."""
+        return [WindowCache() for _ in self.layers]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the first hidden states h (b, l, w) of tokens (b, l)."""
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be whole numbers of shape (batch, length), got {tuple(tokens.shape)}")
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = torch.aminmax(tokens)
+            if low < 0 or high >= self.config.vocabulary:
+                wrong = int(low if low < 0 else high)
+                raise ValueError(f"token {wrong} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}")
+        return self.embedding(tokens)
+
+    def blocks(
+        self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None
+    ) -> tuple[Tensor, FastWeights]:
+        """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).
+
+        h: (b, l, w); S as from ``empty_fast_weights``. With a cache, h continues the window that is in it.
+        """
+        self.check_fast_weights(S, h)
+        left, written = list(S), []
+        for index, block in enumerate(self.layers):
+            before = left.pop(0) if block.has_fast_weights else None
+            h, after = block(h, before, None if cache is None else cache[index])
+            if block.has_fast_weights:
+                written.append(after)
+        return h, tuple(written)
+
+    def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Return what the next sleep pass starts from, given this pass's h and the window's embedding (b, l, w)."""
+        if self.config.carry == "hidden":
+            return h
+        if self.config.carry == "embed":
+            return embedding
+        return self.inject(torch.cat((embedding, F.rms_norm(h, (h.shape[-1],), eps=1e-6)), dim=-1))
+
+    def out(self, h: Tensor) -> Tensor:
+        """Return the logits (b, l, V) of hidden states h (b, l, w)."""
+        return self.head(self.norm(h))
+
+    def forward(self, tokens: Tensor, S: FastWeights | None = None) -> tuple[Tensor, FastWeights]:
+        """Run one ordinary pass, the plain hybrid: tokens (b, l) -> logits (b, l, V) and the S after them."""
+        S = self.empty_fast_weights(len(tokens)) if S is None else S
+        h, S = self.blocks(self.embed(tokens), S)
+        return self.out(h), S
+
+    def check_fast_weights(self, S: FastWeights, h: Tensor) -> None:
+        """Raise ValueError unless S has one matrix stack per fast-weight layer that fits h (b, l, w)."""
+        if len(S) != len(self.fast_layers):
+            raise ValueError(f"layout {self.config.layout!r} has {len(self.fast_layers)} fast-weight layers, S {len(S)}")
+        shape = (len(h), *self.config.state_shape)
+        for matrix in S:
+            if tuple(matrix.shape) != shape:
+                raise ValueError(f"S must have shape {shape}, got {tuple(matrix.shape)}")
+            if matrix.device != h.device:
+                raise ValueError(f"S is on {matrix.device}, the model on {h.device}: move them to one device")

@@ -1,0 +1,121 @@
+"""Elementary cellular automata, Rule 110 first of all: read a row of bits, then say what it becomes after t steps.
+
+What has to be stored is the same for every t; only the number of sequential steps grows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sleepedu.tasks.base import Episode, Task
+
+
+@dataclass(frozen=True)
+class CellularAutomaton(Task):
+    """Rows of ``cells`` random bits, one row a window, then questions about them after t steps.
+
+    cells: bits in a row, on a ring. rows: independent rows. steps: the t that can be asked; the prompt's token says
+    which. ask: "first" for the first bit of every row (the paper's form), "every" for all bits of a single row.
+    rule: Wolfram's number, 0..255. Depth is t, and an example is right when all its bits are.
+    Raises ValueError for settings outside these.
+    """
+
+    cells: int = 12
+    rows: int = 1
+    steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    ask: str = "every"
+    rule: int = 110
+
+    name = "rule110"
+    scoring = "all"
+    depth_name = "rollout steps t"
+
+    def __post_init__(self):
+        if self.cells < 3:
+            raise ValueError(f"cells must be at least 3, got {self.cells}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps must be different whole numbers of at least 1, got {self.steps}")
+        if self.ask not in ("first", "every"):
+            raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
+        if self.ask == "every" and self.rows != 1:
+            raise ValueError(f"ask 'every' is for a single row, got {self.rows} rows")
+        check_rule(self.rule)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ("0", "1", *(f"?{t}" for t in self.steps))
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(self.steps)
+
+    @property
+    def windows(self) -> int:
+        return self.rows
+
+    @property
+    def window(self) -> int:
+        return self.cells
+
+    @property
+    def prompt_length(self) -> int:
+        return self.cells if self.ask == "every" else self.rows
+
+    def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
+        self._check_sample(batch, depth)
+        rows = torch.randint(2, (batch, self.rows, self.cells), generator=generator, dtype=torch.uint8)
+        choice = torch.randint(len(self.steps), (batch,), generator=generator)
+        if depth is not None:
+            choice = torch.full_like(choice, self.steps.index(depth))
+        t = torch.tensor(self.steps)[choice]
+        after, state = rows.clone(), rows
+        for step in range(1, int(t.max()) + 1):
+            state = next_row(state, self.rule)
+            due = t == step
+            if due.all():
+                after = state
+            elif due.any():
+                after[due] = state[due]
+        targets = after[:, 0, :] if self.ask == "every" else after[:, :, 0]
+        prompt = (2 + choice)[:, None].expand(batch, self.prompt_length)
+        return Episode(
+            windows=rows.long(), prompt=prompt.contiguous(), targets=targets.long(), depth=t[:, None].expand_as(prompt)
+        )
+
+    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None, row: int = 0):
+        """Draw the space-time diagram of one row, the bits that are asked for marked, and the answers beneath."""
+        from sleepedu import figures
+
+        self.check(episode)
+        diagram = space_time(episode.windows[index, row], self.rule, int(episode.depth[index, 0]))
+        asked = range(self.cells) if self.ask == "every" else [0]
+        given = None
+        if answers is not None:
+            given = answers.tolist() if self.ask == "every" else [int(answers[row])]
+        return figures.space_time(diagram.tolist(), list(asked), given)
+
+
+def check_rule(rule: int) -> None:
+    """Raise ValueError unless rule is one of the 256 elementary rules."""
+    if rule not in range(256):
+        raise ValueError(f"rule must be a whole number in 0..255, got {rule!r}")
+
+
+def next_row(bits: Tensor, rule: int) -> Tensor:
+    """Return the next row of an elementary cellular automaton on a ring: bits (..., cells) of uint8 -> the same."""
+    ring = torch.cat((bits[..., -1:], bits, bits[..., :1]), dim=-1)
+    neighbourhood = ring[..., :-2] * 4  # left, centre and right as a number in 0..7
+    neighbourhood.add_(ring[..., 1:-1], alpha=2).add_(ring[..., 2:])
+    return torch.tensor(rule, dtype=torch.uint8).bitwise_right_shift(neighbourhood).bitwise_and_(1)
+
+
+def space_time(bits: Tensor, rule: int, steps: int) -> Tensor:
+    """Return the row and everything it becomes: bits (..., cells) -> (..., steps + 1, cells) of uint8."""
+    check_rule(rule)
+    rows = [bits.to(torch.uint8)]
+    for _ in range(steps):
+        rows.append(next_row(rows[-1], rule))
+    return torch.stack(rows, dim=-2)

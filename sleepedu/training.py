@@ -1,0 +1,279 @@
+"""Training through the sleep, end to end: Muon for hidden matrices, AdamW for the rest.
+
+A run depends on its settings and seed alone: batch i is drawn from a generator seeded by (seed, i), so every N sees
+the same data in the same order, and a run that was interrupted goes on exactly where it stood.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sleepedu.model import SleepLM
+from sleepedu.sleep import check_passes, run_episode
+from sleepedu.tasks.base import UNSCORED, Episode, Task
+
+TRAINING, TESTING = 0, 1  # the two streams of examples; they never share a seed
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that shapes a training run besides the task and the model.
+
+    passes: N. steps x batch examples. learning_rate: Muon's, for hidden matrices; adam_learning_rate: for embeddings,
+    head, gates and vectors. warmup steps up, then stable, then down to zero over the last ``decay`` part of the run.
+    autocast: "", or "bfloat16" / "float16" for mixed precision (S stays float32). Raises ValueError for values that
+    cannot train.
+    """
+
+    passes: int = 1
+    steps: int = 1000
+    batch: int = 64
+    seed: int = 0
+    learning_rate: float = 0.01
+    adam_learning_rate: float = 0.002
+    warmup: int = 50
+    decay: float = 0.3
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    autocast: str = ""
+
+    def __post_init__(self):
+        check_passes(self.passes)
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "adam_learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.warmup < 0 or self.weight_decay < 0 or not 0 <= self.decay <= 1:
+            raise ValueError(
+                "warmup and weight_decay must not be negative and decay must lie in 0..1, "
+                f"got {self.warmup}, {self.weight_decay}, {self.decay}"
+            )
+        if self.autocast not in ("", "bfloat16", "float16"):
+            raise ValueError(f"autocast {self.autocast!r} is unknown: use '', 'bfloat16' or 'float16'")
+
+    def rate(self, step: int) -> float:
+        """Return the share of the learning rate at a step (from 0): warm-up, stable, linear decay."""
+        up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        down = self.decay * self.steps
+        return min(up, (self.steps - step) / down) if down else up
+
+
+@dataclass
+class History:
+    """What was measured while training: one entry every few steps, averages over the steps since the last one.
+
+    step, loss (nats a scored token), accuracy (share of scored tokens right), seconds (training time so far, over all
+    interruptions); tokens_per_step; majority_loss: the loss of the best constant answer.
+    """
+
+    step: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_step: int = 0
+    majority_loss: float = 0.0
+
+
+def train(
+    model: SleepLM,
+    task: Task,
+    config: TrainConfig,
+    directory: Path | str | None = None,
+    watch: Callable[[History, TrainConfig], None] | None = None,
+) -> History:
+    """Train a model on a task, end to end through its sleep, and return the history of the run.
+
+    With a directory, a checkpoint is kept there while training; called again with the same settings it resumes from
+    it. ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
+    Raises ValueError when the model's vocabulary is smaller than the task's, or the directory's checkpoint is of
+    other settings; FloatingPointError when the loss is no longer a number.
+    """
+    if model.config.vocabulary < len(task.words):
+        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    device = model.head.weight.device
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
+    checkpoint = None if directory is None else Checkpoint(Path(directory), model, optimizers, scaler, task, config)
+    first = 0 if checkpoint is None else checkpoint.resume(history)
+
+    every = max(1, config.steps // 200)
+    started = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
+    sums, counted = torch.zeros(2, device=device), 0
+    last_saved = time.perf_counter()
+    model.train()
+    for step in range(first, config.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * config.rate(step)
+            optimizer.zero_grad(set_to_none=True)
+        episode = task.sample(config.batch, stream(config.seed, TRAINING, step)).to(device)
+        with torch.autocast(device.type, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
+            logits = run_episode(model, episode, config.passes)
+        loss, accuracy = score(logits.float(), episode)
+        scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        sums += torch.stack((loss.detach(), accuracy))
+        counted += 1
+        if (step + 1) % every and step + 1 < config.steps:
+            continue
+        mean_loss, mean_accuracy = (sums / counted).tolist()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                f"the loss is {mean_loss} by step {step + 1}: lower learning_rate (now {config.learning_rate}) "
+                "or clip; the last checkpoint is kept"
+            )
+        history.step.append(step + 1)
+        history.loss.append(round(mean_loss, 5))
+        history.accuracy.append(round(mean_accuracy, 5))
+        history.seconds.append(round(time.perf_counter() - started, 2))
+        sums.zero_()
+        counted = 0
+        if watch is not None:
+            watch(history, config)
+        if checkpoint is not None and time.perf_counter() - last_saved > 20 and step + 1 < config.steps:
+            checkpoint.save(step + 1, history)
+            last_saved = time.perf_counter()
+    model.eval()
+    return history
+
+
+def score(logits: Tensor, episode: Episode) -> tuple[Tensor, Tensor]:
+    """Return the masked cross-entropy (nats a scored token) and the share of scored tokens that are right.
+
+    logits: (b, p, V) for the episode's prompt.
+    """
+    asked = episode.asked
+    logits, targets = logits[asked], episode.targets[asked]
+    return F.cross_entropy(logits, targets), (logits.detach().argmax(-1) == targets).float().mean()
+
+
+def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return torch's Muon for the matrices inside the blocks, AdamW for everything else.
+
+    Gates count with the rest: they are a few rows, not a hidden matrix. Betas, decay and schedule as in section 6.
+    """
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and name.endswith("weight") and name.startswith(("layers.", "inject."))
+        (hidden if matrix and ".gates." not in name else rest).append(parameter)
+    optimizers = [
+        torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95),
+        torch.optim.AdamW(
+            rest, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        ),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def stream(seed: int, purpose: int, number: int) -> torch.Generator:
+    """Return the generator of one batch: the same for every model, different for every (seed, purpose, number)."""
+    mixed = (seed * 2 + purpose) * 1_000_003 + number
+    return torch.Generator().manual_seed(mixed)
+
+
+def tokens_per_example(task: Task) -> int:
+    """Return how many tokens a model reads in one example, windows and prompt."""
+    return task.windows * task.window + task.prompt_length
+
+
+def majority_loss(task: Task) -> float:
+    """Return the loss of the best constant answer: the entropy of the targets over 4,096 examples, in nats."""
+    targets = task.sample(4096, stream(0, TESTING, 0)).targets
+    share = torch.bincount(targets[targets != UNSCORED]).double()
+    share = share[share > 0] / share.sum()
+    return round(float(-(share * share.log()).sum()), 5)
+
+
+class Checkpoint:
+    """The state of a run in progress, one file that is replaced as a whole."""
+
+    def __init__(self, directory: Path, model, optimizers, scaler, task: Task, config: TrainConfig):
+        self.path = directory / "checkpoint.pt"
+        self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        settings = {"task": asdict(task), "model": asdict(model.config), "train": asdict(config)}
+        self.settings = json.dumps(settings, sort_keys=True)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def save(self, step: int, history: History) -> None:
+        state = {
+            "settings": self.settings,
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "history": asdict(history),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def resume(self, history: History) -> int:
+        """Load what is there into model, optimizers and history; return the step to go on from."""
+        if not self.path.exists():
+            return 0
+        try:
+            state = torch.load(self.path, map_location=self.model.head.weight.device, weights_only=True)
+            settings = state["settings"]
+        except Exception as error:  # torch raises whatever the broken bytes lead it to
+            raise ValueError(f"{self.path} is not a whole checkpoint ({error}): delete it to start anew") from error
+        if settings != self.settings:
+            raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        for name, value in state["history"].items():
+            setattr(history, name, value)
+        return state["step"]
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def print_progress(history: History, config: TrainConfig) -> None:
+    """Show the run so far in one line that is rewritten, in a terminal and in a notebook alike."""
+    step, seconds = history.step[-1], history.seconds[-1]
+    left = seconds / step * (config.steps - step)
+    line = (
+        f"\rN={config.passes}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
+        f"(best constant {history.majority_loss:.3f})  right {history.accuracy[-1]:.0%}  "
+        f"{seconds:.0f} s, {left:.0f} s left   "
+    )
+    print(line, end="\n" if step == config.steps else "", flush=True)
+
+
+def every_second(watch: Callable[[History, TrainConfig], None]) -> Callable[[History, TrainConfig], None]:
+    """Return ``watch``, called at most once a second and at the end, so that progress costs nothing."""
+    last = 0.0
+
+    def slowly(history: History, config: TrainConfig) -> None:
+        nonlocal last
+        if time.perf_counter() - last > 1 or history.step[-1] == config.steps:
+            last = time.perf_counter()
+            watch(history, config)
+
+    return slowly
+
+
+def parameter_count(parameters: Iterable[Tensor]) -> int:
+    """Return how many numbers the parameters hold."""
+    return sum(parameter.numel() for parameter in parameters)
