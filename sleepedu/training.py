@@ -206,8 +206,10 @@ def majority_loss(task: Task) -> float:
 class Checkpoint:
     """The state of a run in progress, one file that is replaced as a whole."""
 
+    FILE = "checkpoint.pt"
+
     def __init__(self, directory: Path, model, optimizers, scaler, task: Task, config: TrainConfig):
-        self.path = directory / "checkpoint.pt"
+        self.path = directory / self.FILE
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         settings = {"task": asdict(task), "model": asdict(model.config), "train": asdict(config)}
         self.settings = json.dumps(settings, sort_keys=True)
@@ -245,9 +247,6 @@ class Checkpoint:
             setattr(history, name, value)
         return state["step"]
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
 
 def print_progress(history: History, config: TrainConfig) -> None:
     """Show the run so far in one line that is rewritten, in a terminal and in a notebook alike."""
@@ -259,19 +258,6 @@ def print_progress(history: History, config: TrainConfig) -> None:
         f"{seconds:.0f} s, {left:.0f} s left   "
     )
     print(line, end="\n" if step == config.steps else "", flush=True)
-
-
-def every_second(watch: Callable[[History, TrainConfig], None]) -> Callable[[History, TrainConfig], None]:
-    """Return ``watch``, called at most once a second and at the end, so that progress costs nothing."""
-    last = 0.0
-
-    def slowly(history: History, config: TrainConfig) -> None:
-        nonlocal last
-        if time.perf_counter() - last > 1 or history.step[-1] == config.steps:
-            last = time.perf_counter()
-            watch(history, config)
-
-    return slowly
 
 
 def parameter_count(parameters: Iterable[Tensor]) -> int:

@@ -1,0 +1,127 @@
+"""The command line: ``python -m sleepedu train | evaluate | results``.
+
+Wrong input gives one line on stderr and exit code 2; an interrupted training run resumes with the same command.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sleepedu import experiments
+from sleepedu.evaluation import Table, accuracy_by_depth
+from sleepedu.model import CARRIES
+from sleepedu.tasks import TASKS
+from sleepedu.training import print_progress
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if getattr(options, "threads", 0):
+            torch.set_num_threads(options.threads)
+        options.command(options)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"sleepedu: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsleepedu: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    experiment = experiments.Experiment(
+        task=options.task,
+        size=options.size,
+        model=options.model,
+        passes=options.passes,
+        seed=options.seed,
+        carry=options.carry,
+        steps=options.steps,
+    )
+    watch = None if options.quiet else print_progress
+    run = experiments.run(experiment, options.device, options.runs, watch, options.examples)
+    print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
+    _print_table(run.table, run.make_task().depth_name)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    run = experiments.load(options.run)
+    task = run.make_task()
+    table = accuracy_by_depth(
+        run.load_model(options.device), task, run.settings["train"]["passes"], options.examples, options.seed
+    )
+    if options.json:
+        print(json.dumps({**run.row(), "seed_of_examples": options.seed, "depths": _rows(table)}, indent=1))
+    else:
+        _print_table(table, task.depth_name)
+
+
+def results(options: argparse.Namespace) -> None:
+    runs = experiments.stored_runs(options.runs)
+    if options.json:
+        print(json.dumps([run.row() for run in runs], indent=1))
+        return
+    for run in runs:
+        by_depth = "  ".join(f"{depth}: {a.accuracy:.3f}" for depth, a in run.table.items())
+        print(f"{run.name:40s} {by_depth}")
+
+
+def _rows(table: Table) -> dict[str, dict]:
+    return {str(depth): asdict(accuracy) for depth, accuracy in table.items()}
+
+
+def _print_table(table: Table, depth_name: str) -> None:
+    print(f"{depth_name:>16s}  accuracy  95% interval    best constant answer")
+    for depth, a in table.items():
+        print(f"{depth:16d}  {a.accuracy:8.3f}  {a.low:.3f} - {a.high:.3f}   {a.majority:.3f}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"sleepedu: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m sleepedu", description="Train and measure language models that sleep.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train one run, or resume it, and store it")
+    command.add_argument("task", help=f"one of {', '.join(TASKS)}")
+    command.add_argument("--passes", type=int, default=1, metavar="N", help="sleep passes over every window")
+    command.add_argument("--size", default="laptop", help=f"one of {', '.join(experiments.SIZES)}")
+    command.add_argument("--model", default="sleep", help=f"one of {', '.join(experiments.MODELS)}")
+    command.add_argument("--carry", default="hidden", help=f"from pass to pass: one of {', '.join(CARRIES)}")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
+    command.add_argument("--examples", type=int, default=2000, help="to evaluate on, at every depth")
+    command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the run in")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command.set_defaults(command=train)
+
+    command = commands.add_parser("evaluate", help="measure a stored run on fresh examples")
+    command.add_argument("run", help="a run's name or folder")
+    command.add_argument("--seed", type=int, default=1, help="of the examples")
+    command.add_argument("--examples", type=int, default=2000, help="at every depth")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(command=evaluate)
+
+    command = commands.add_parser("results", help="list the stored runs")
+    command.add_argument("--runs", type=Path, help="folder of runs; the committed ones when absent")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(command=results)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Accuracy by depth, with the interval it is known to and the baseline it has to beat."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from sleepedu.model import SleepLM
+from sleepedu.sleep import check_passes, run_episode
+from sleepedu.tasks.base import Task
+from sleepedu.training import TESTING, stream
+
+Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
+T95 = (math.nan, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers with its 95% interval: n examples, and what the best constant answer scores there."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    majority: float = math.nan
+
+
+Table = dict[int, Accuracy]  # depth -> accuracy
+
+
+@torch.no_grad()
+def accuracy_by_depth(
+    model: SleepLM, task: Task, passes: int, examples: int = 2000, seed: int = 0, batch: int = 500
+) -> Table:
+    """Return how often the model is right at every depth of the task, on ``examples`` fresh examples per depth.
+
+    The interval is Wilson's. An example counts once however many questions it asks, because questions about the same
+    graph or row are not independent; where they are, the interval is wider than it need be. Examples never coincide
+    with training's. Raises ValueError for N < 1, examples < 1 or a vocabulary smaller than the task's.
+    """
+    check_passes(passes)
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples}")
+    if model.config.vocabulary < len(task.words):
+        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    device = model.head.weight.device
+    table = {}
+    for depth in task.depths:
+        right, counts, most = 0.0, torch.zeros(len(task.words), dtype=torch.long), []
+        for number, start in enumerate(range(0, examples, batch)):
+            generator = stream(seed, TESTING, 10_000 * (depth + 1) + number)
+            episode = task.sample(min(batch, examples - start), generator, depth)
+            answers = run_episode(model, episode.to(device), passes).argmax(-1).cpu()
+            right += _share_right(task, answers == episode.targets, episode.asked).sum().item()
+            counts += torch.bincount(episode.targets[episode.asked], minlength=len(counts))
+            most.append(episode)
+        constant = counts.argmax()
+        by_constant = sum(_share_right(task, e.targets == constant, e.asked).sum().item() for e in most)
+        low, high = wilson_interval(right / examples, examples)
+        table[depth] = Accuracy(right / examples, low, high, examples, by_constant / examples)
+    return table
+
+
+def _share_right(task: Task, right: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Return for every example the share of its answers that count as right: (b,)."""
+    if task.scoring == "all":
+        return (right | ~asked).all(dim=1).double()
+    return (right & asked).sum(dim=1) / asked.sum(dim=1).double()
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval for a share observed on n independent examples."""
+    centre = share + Z95**2 / (2 * n)
+    reach = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def across_seeds(tables: list[Table]) -> Table:
+    """Return the mean over runs that differ in their seed, with Student's 95% interval for that mean (clipped to 0..1).
+
+    n is the number of runs; with a single run the interval is that run's own. Raises ValueError without any run.
+    """
+    if not tables:
+        raise ValueError("there is no run to average")
+    if len(tables) == 1:
+        return tables[0]
+    together = {}
+    for depth in tables[0]:
+        shares = torch.tensor([table[depth].accuracy for table in tables], dtype=torch.float64)
+        reach = T95[min(len(tables), len(T95)) - 1] * shares.std().item() / math.sqrt(len(tables))
+        mean = shares.mean().item()
+        majority = sum(table[depth].majority for table in tables) / len(tables)
+        together[depth] = Accuracy(mean, max(0.0, mean - reach), min(1.0, mean + reach), len(tables), majority)
+    return together

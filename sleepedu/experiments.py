@@ -1,0 +1,340 @@
+"""Experiments and the run store: what was trained, with which settings, on which machine, and what came out.
+
+An ``Experiment`` names a run in words; its recipe turns that into settings; the fingerprint is the settings' hash.
+``run`` returns the stored run with that fingerprint, or trains it now.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy
+import torch
+
+from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth
+from sleepedu.model import ModelConfig, SleepLM
+from sleepedu.tasks import TASKS, Task
+from sleepedu.training import Checkpoint, History, TrainConfig, parameter_count, train
+
+VERSION = 1  # of the run format; a run of another version is refused
+SIZES = ("smoke", "laptop", "paper")
+MODELS = {
+    "sleep": "the hybrid of attention and fast weights, sleeping N passes on every window",
+    "transformer": "attention only, evicting every window: what is left of the past is nothing",
+    "longer": "the hybrid at N = 1, trained on four times the steps",
+}
+COMMITTED = Path(__file__).resolve().parent.parent / "book" / "runs"
+OWN = Path("runs")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one task is trained in one size: settings of task, model and training, and what depends on N."""
+
+    task: Mapping[str, Any]
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+    learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
+
+
+RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
+    {
+        ("graph", "smoke"): Recipe(
+            task={"nodes": 6, "hops": 3, "queries": 6},
+            model={"layout": "ag", "width": 32, "heads": 2},
+            train={"steps": 300, "batch": 64},
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run in words: task x size x model x N x seed.
+
+    task: a name in ``TASKS``. size: "smoke", "laptop" or "paper". model: a name in ``MODELS``. passes: N.
+    carry: as in ``ModelConfig``. steps: overrides the recipe's, to try things out; 0 keeps it.
+    Raises ValueError for an unknown name, N < 1, or more than one pass for a model that does not sleep.
+    """
+
+    task: str
+    size: str = "laptop"
+    model: str = "sleep"
+    passes: int = 1
+    seed: int = 0
+    carry: str = "hidden"
+    steps: int = 0
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("task", self.task, TASKS),
+            ("size", self.size, SIZES),
+            ("model", self.model, MODELS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
+        if self.model != "sleep" and self.passes != 1:
+            raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
+        if self.seed < 0 or self.steps < 0:
+            raise ValueError(f"seed and steps must not be negative, got {self.seed} and {self.steps}")
+        _ = self.settings  # every wrong value is found at the door
+
+    @property
+    def name(self) -> str:
+        """The run's name, and that of its folder."""
+        parts = [self.task, self.size, self.model]
+        if self.model == "sleep":
+            parts.append(f"N{self.passes}")
+        if self.carry != "hidden":
+            parts.append(self.carry)
+        if self.steps:
+            parts.append(f"{self.steps}steps")
+        return "-".join([*parts, f"seed{self.seed}"])
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.task, self.size]
+
+    def make_task(self) -> Task:
+        return TASKS[self.task](**self.recipe.task)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        settings = dict(self.recipe.model, vocabulary=len(self.make_task().words), carry=self.carry)
+        if self.model == "transformer":
+            settings["layout"] = "a" * len(settings["layout"])
+        return ModelConfig(**settings)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        settings = dict(self.recipe.train, passes=self.passes, seed=self.seed)
+        settings["steps"] = self.steps or settings["steps"]
+        if self.passes in self.recipe.learning_rates:
+            settings["learning_rate"] = self.recipe.learning_rates[self.passes]
+        if self.model == "longer":
+            settings["steps"] *= 4
+        return TrainConfig(**settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on besides the machine."""
+        return {
+            "task": {"name": self.task, **asdict(self.make_task())},
+            "model": asdict(self.model_config),
+            "train": asdict(self.train_config),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.settings)
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its experiment, history, accuracy by depth, and where and how it was made."""
+
+    path: Path
+    experiment: Experiment
+    settings: dict[str, Any]
+    history: History
+    table: Table
+    provenance: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def make_task(self) -> Task:
+        """Return the task as it was trained on."""
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in self.settings["task"].items()}
+        return TASKS[settings.pop("name")](**settings)
+
+    def load_model(self, device: str = "cpu") -> SleepLM:
+        """Return the trained model. Raises FileNotFoundError or ValueError for missing or broken weights."""
+        path = self.path / "weights.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: the run cannot be used without its weights")
+        model = SleepLM(ModelConfig(**self.settings["model"]))
+        try:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch raises whatever the broken bytes lead it to
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} does not hold this run's weights ({reason}): train it again") from error
+        return model.to(find_device(device)).eval()
+
+    def row(self) -> dict[str, Any]:
+        """Return the run as one row of ``results``."""
+        e = self.experiment
+        majority = sum(a.majority for a in self.table.values()) / len(self.table)
+        return {
+            "run": self.name,
+            "task": e.task,
+            "model": e.model,
+            "passes": e.passes,
+            "size": e.size,
+            "seed": e.seed,
+            "carry": e.carry,
+            "steps": self.settings["train"]["steps"],
+            "tokens": self.provenance["tokens"],
+            "seconds": self.provenance["seconds"],
+            "device": self.provenance["device"],
+            "majority": round(majority, 5),
+            "depths": {str(depth): asdict(accuracy) for depth, accuracy in self.table.items()},
+        }
+
+
+def run(
+    experiment: Experiment,
+    device: str = "auto",
+    directory: Path | str = OWN,
+    watch: Callable[[History, TrainConfig], None] | None = None,
+    examples: int = 2000,
+) -> Run:
+    """Return the stored run with this experiment's settings, or train, evaluate and store it now.
+
+    Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
+    Raises ValueError for a device that is unknown or not there.
+    """
+    for store in (COMMITTED, Path(directory)):
+        path = store / experiment.name
+        if (path / "run.json").exists():
+            found = load(path)
+            if _fingerprint(found.settings) == experiment.fingerprint:
+                return found
+    path = Path(directory) / experiment.name
+    where = find_device(device)
+    task = experiment.make_task()
+    torch.manual_seed(experiment.seed)
+    model = SleepLM(experiment.model_config).to(where)
+    history = train(model, task, experiment.train_config, path, watch)
+    _write(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
+    table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
+    stored = {
+        "version": VERSION,
+        "fingerprint": experiment.fingerprint,
+        "experiment": asdict(experiment),
+        "settings": experiment.settings,
+        "table": {depth: asdict(accuracy) for depth, accuracy in table.items()},
+        "provenance": _provenance(model, history, where),
+        "history": asdict(history),
+    }
+    _write(path / "run.json", lambda partial: partial.write_text(_readable_json(stored)))
+    (path / Checkpoint.FILE).unlink(missing_ok=True)
+    return load(path)
+
+
+def load(run: Path | str) -> Run:
+    """Return a finished run, named by its folder or, for a stored one, by its name alone.
+
+    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken or of another
+    version.
+    """
+    path = Path(run)
+    if not path.exists():
+        path = next((store / run for store in (COMMITTED, OWN) if (store / run).exists()), path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no run {str(run)!r}: `python -m sleepedu results` lists those there are")
+    file = path / "run.json"
+    if not file.exists():
+        unfinished = "training was interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
+        raise FileNotFoundError(f"{path} holds no finished run (no run.json{'; ' + unfinished if unfinished else ''})")
+    try:
+        stored = json.loads(file.read_text())
+        if stored["version"] != VERSION:
+            raise ValueError(f"{file} is of version {stored['version']}, this library reads version {VERSION}")
+        if stored["fingerprint"] != _fingerprint(stored["settings"]):
+            raise ValueError(f"{file} was changed: its settings do not have the fingerprint it states")
+        return Run(
+            path=path,
+            experiment=Experiment(**stored["experiment"]),
+            settings=stored["settings"],
+            history=History(**stored["history"]),
+            table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+            provenance=stored["provenance"],
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is broken ({type(error).__name__}: {error}): train the run again") from error
+
+
+def stored_runs(directory: Path | str | None = None) -> list[Run]:
+    """Return every finished run of a store, by name; of the committed store when no directory is given."""
+    store = COMMITTED if directory is None else Path(directory)
+    return [load(file.parent) for file in sorted(store.glob("*/run.json"))]
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device "cpu", "cuda" or "auto" (CUDA where there is one). Raises ValueError when it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device here: use cpu or auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def _provenance(model: SleepLM, history: History, device: torch.device) -> dict[str, Any]:
+    return {
+        "device": device.type,
+        "processor": _processor(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "commit": _commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": history.seconds[-1],
+        "tokens": history.step[-1] * history.tokens_per_step,
+        "parameters": parameter_count(model.parameters()),
+    }
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+        return next(line.split(":", 1)[1].strip() for line in described.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Return the commit the library stands at, "" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _readable_json(stored: dict[str, Any]) -> str:
+    """Return JSON with one line per entry, and one per list however long."""
+    lines = [f'  {json.dumps(name)}: {_block(value)}' for name, value in stored.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _block(value: Any) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"    {json.dumps(str(k))}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
+
