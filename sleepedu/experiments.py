@@ -248,7 +248,9 @@ def load(run: Path | str) -> Run:
         raise FileNotFoundError(f"there is no run {str(run)!r}: `python -m sleepedu results` lists those there are")
     file = path / "run.json"
     if not file.exists():
-        unfinished = "training was interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
+        unfinished = (
+            "training was interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
+        )
         raise FileNotFoundError(f"{path} holds no finished run (no run.json{'; ' + unfinished if unfinished else ''})")
     try:
         stored = json.loads(file.read_text())
@@ -329,7 +331,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 def _readable_json(stored: dict[str, Any]) -> str:
     """Return JSON with one line per entry, and one per list however long."""
-    lines = [f'  {json.dumps(name)}: {_block(value)}' for name, value in stored.items()]
+    lines = [f"  {json.dumps(name)}: {_block(value)}" for name, value in stored.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -337,4 +339,3 @@ def _block(value: Any) -> str:
     if not isinstance(value, dict):
         return json.dumps(value)
     return "{\n" + ",\n".join(f"    {json.dumps(str(k))}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
-

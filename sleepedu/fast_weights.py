@@ -14,10 +14,10 @@ The first four functions take one token at a time and are meant to be read. ``ga
 numbers of ``gated_delta`` with a few large matrix products, and is what the model trains with.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from collections.abc import Callable
 
 
 def hebbian(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:

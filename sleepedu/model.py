@@ -125,9 +125,7 @@ class SleepLM(nn.Module):
                 raise ValueError(f"token {wrong} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}")
         return self.embedding(tokens)
 
-    def blocks(
-        self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None
-    ) -> tuple[Tensor, FastWeights]:
+    def blocks(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).
 
         h: (b, l, w); S as from ``empty_fast_weights``. With a cache, h continues the window that is in it.
@@ -162,7 +160,9 @@ class SleepLM(nn.Module):
     def check_fast_weights(self, S: FastWeights, h: Tensor) -> None:
         """Raise ValueError unless S has one matrix stack per fast-weight layer that fits h (b, l, w)."""
         if len(S) != len(self.fast_layers):
-            raise ValueError(f"layout {self.config.layout!r} has {len(self.fast_layers)} fast-weight layers, S {len(S)}")
+            raise ValueError(
+                f"layout {self.config.layout!r} has {len(self.fast_layers)} fast-weight layers, S {len(S)}"
+            )
         shape = (len(h), *self.config.state_shape)
         for matrix in S:
             if tuple(matrix.shape) != shape:

@@ -116,7 +116,8 @@ class Task(ABC):
             )
         if episode.prompt.shape[1] != self.prompt_length:
             raise ValueError(
-                f"the {self.name} task asks with {self.prompt_length} tokens, the episode with {episode.prompt.shape[1]}"
+                f"the {self.name} task asks with {self.prompt_length} tokens, the episode with "
+                f"{episode.prompt.shape[1]}"
             )
 
     def _check_sample(self, batch: int, depth: int | None) -> None:

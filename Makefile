@@ -1,0 +1,35 @@
+# Two commands: `make book` and `make test`. Both set up .venv first, once, and again when requirements.txt changes.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONHASHSEED := 0
+
+.PHONY: book test lint unit notebooks pages clean
+
+book: .venv/ready
+	$(BIN)/jupyter-book build -W -n --keep-going .
+	@echo "The book is built: open _build/html/index.html in a browser."
+
+test: lint unit notebooks book pages
+	@echo "All tests passed."
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: .venv/ready
+	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2
+
+notebooks: .venv/ready
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadscope book
+
+pages: .venv/ready
+	$(BIN)/python -m pytest tests/test_pages.py
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf _build .venv
