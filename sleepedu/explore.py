@@ -117,7 +117,8 @@ _CONTROL = """
 
 _PAGE = """<div class="explorer" id="{id}">
 <style>
-.explorer {{max-width: 42rem; padding: .75rem 1rem; border: 1px solid #8884; border-radius: .5rem; background: #fff; color: #222831}}
+.explorer {{max-width: 42rem; padding: .75rem 1rem; border: 1px solid #8884; border-radius: .5rem}}
+.explorer {{background: #fff; color: #222831}}
 .explorer-control {{display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; margin-bottom: .4rem}}
 .explorer-control label {{flex: 0 0 11rem; font-weight: 600}}
 .explorer-control output {{font-variant-numeric: tabular-nums}}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sleepedu.fast_weights import gated_delta_chunked
@@ -42,7 +43,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
         seen = 0 if cache is None or cache.keys is None else cache.keys.shape[2]
-        qkv = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, b, h, l, d)
+        qkv = rearrange(self.project(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = rotate(qkv[:2], start=seen)
         v = qkv[2]
         mask = None
@@ -52,7 +53,7 @@ class CausalAttention(nn.Module):
                 mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
             cache.keys, cache.values = k, v
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.out(o.transpose(1, 2).flatten(2))
+        return self.out(rearrange(o, "b h l d -> b l (h d)"))
 
 
 class FastWeightMixer(nn.Module):
@@ -85,15 +86,15 @@ class FastWeightMixer(nn.Module):
         mixed, gate = self.project(x).split((self.mixed, self.heads * self.value_size), dim=-1)
         mixed = F.silu(self.convolve(mixed, cache))
         sizes = (self.heads * self.key_size,) * 2 + (self.heads * self.value_size,)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.split(sizes, dim=-1))
-        forget, write = self.gates(x).float().transpose(1, 2).chunk(2, dim=1)  # (b, h, l) each
+        q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in mixed.split(sizes, dim=-1))
+        forget, write = rearrange(self.gates(x).float(), "b l (two h) -> two b h l", two=2)
         log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)
         b = self.write_range * write.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
             q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
             o, S = gated_delta_chunked(q, k, v.float(), log_a, b, S)
             o = F.rms_norm(o, (self.value_size,), self.norm, eps=1e-6)
-        return self.out(o.transpose(1, 2).flatten(2) * F.silu(gate)), S
+        return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
 
     def convolve(self, x: Tensor, cache: WindowCache | None) -> Tensor:
         """Mix every channel with its last few tokens; a window starts with nothing before it."""
