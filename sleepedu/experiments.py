@@ -45,12 +45,33 @@ class Recipe:
     learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
 
 
+SMALL = {"layout": "ag", "width": 32, "heads": 2}
+PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
 RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
     {
         ("graph", "smoke"): Recipe(
-            task={"nodes": 6, "hops": 3, "queries": 6},
-            model={"layout": "ag", "width": 32, "heads": 2},
-            train={"steps": 300, "batch": 64},
+            task={"nodes": 6, "hops": 3, "queries": 6}, model=SMALL, train={"steps": 300, "batch": 64}
+        ),
+        ("graph", "laptop"): Recipe(
+            task={"nodes": 8, "hops": 4, "queries": 8}, model={"layout": "ag"}, train={"steps": 1500, "batch": 64}
+        ),
+        # Names of one token; the paper's have one or two.
+        ("graph", "paper"): Recipe(
+            task={"nodes": 72, "hops": 16, "queries": 10, "windows": 4, "shortest": 3},
+            model={"layout": "gaga", "width": 512, "heads": 8},
+            train={"steps": 100_000, "batch": 128, **PAPER},
+        ),
+        ("rule110", "smoke"): Recipe(
+            task={"cells": 6, "steps": (1, 2)}, model=SMALL, train={"steps": 300, "batch": 64}
+        ),
+        ("rule110", "laptop"): Recipe(
+            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6)}, model={"layout": "ag"}, train={"steps": 4000, "batch": 64}
+        ),
+        # 512 x 100 tokens a step: 5 billion tokens.
+        ("rule110", "paper"): Recipe(
+            task={"cells": 24, "rows": 4, "steps": (32,), "ask": "first"},
+            model={"layout": "agag", "width": 256},
+            train={"steps": 97_656, "batch": 512, **PAPER},
         ),
     }
 )

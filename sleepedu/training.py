@@ -7,6 +7,7 @@ the same data in the same order, and a run that was interrupted goes on exactly 
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -249,15 +250,19 @@ class Checkpoint:
 
 
 def print_progress(history: History, config: TrainConfig) -> None:
-    """Show the run so far in one line that is rewritten, in a terminal and in a notebook alike."""
+    """Show the run so far in one line: rewritten in place in a terminal or notebook, ten lines in all in a log."""
     step, seconds = history.step[-1], history.seconds[-1]
-    left = seconds / step * (config.steps - step)
+    last = step == config.steps
+    in_place = sys.stdout.isatty() or "ipykernel" in sys.modules
+    tenth = step * 10 // config.steps
+    if not in_place and len(history.step) > 1 and tenth == history.step[-2] * 10 // config.steps:
+        return
     line = (
-        f"\rN={config.passes}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
+        f"N={config.passes}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
         f"(best constant {history.majority_loss:.3f})  right {history.accuracy[-1]:.0%}  "
-        f"{seconds:.0f} s, {left:.0f} s left   "
+        f"{seconds:.0f} s, {seconds / step * (config.steps - step):.0f} s left"
     )
-    print(line, end="\n" if step == config.steps else "", flush=True)
+    print(f"\r{line:<110}" if in_place else line, end="" if in_place and not last else "\n", flush=True)
 
 
 def parameter_count(parameters: Iterable[Tensor]) -> int:
