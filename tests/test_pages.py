@@ -24,7 +24,8 @@ def find_browser() -> str | None:
 def browser():
     path = find_browser()
     if path is None:
-        pytest.skip("no Chromium or Chrome on this machine: install one or set CHROMIUM to its path")
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("no Chromium or Chrome on this machine: install one or set CHROMIUM to its path")
     if not (PAGES / "intro.html").exists():
         pytest.fail("the book is not built: run `make book` first")
     with playwright.sync_playwright() as started:
