@@ -92,9 +92,12 @@ class Task(ABC):
         Raises ValueError for a batch below 1 or a depth that the task does not have.
         """
 
-    @abstractmethod
     def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None) -> "Figure":
-        """Draw one example for a person, with given answers (p,) beside the right ones where there are any."""
+        """Draw one example for a person, with given answers (p,) beside the right ones where there are any.
+
+        Raises NotImplementedError for a task that has no picture; ``text`` always works.
+        """
+        raise NotImplementedError(f"the {self.name} task has no picture: use text()")
 
     def text(self, episode: Episode, index: int = 0) -> str:
         """Return one example in words: its windows, then its prompt with the right answers in brackets."""
