@@ -43,6 +43,7 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
         carry=options.carry,
         steps=options.steps,
+        learning_rate=options.learning_rate,
     )
     watch = None if options.quiet else print_progress
     run = experiments.run(experiment, options.device, options.runs, watch, options.examples)
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--carry", default="hidden", help=f"from pass to pass: one of {', '.join(CARRIES)}")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
+    command.add_argument("--learning-rate", type=float, default=0.0, help="Muon's, instead of the recipe's")
     command.add_argument("--examples", type=int, default=2000, help="to evaluate on, at every depth")
     command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the run in")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")

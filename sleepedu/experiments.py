@@ -82,7 +82,7 @@ class Experiment:
     """One run in words: task x size x model x N x seed.
 
     task: a name in ``TASKS``. size: "smoke", "laptop" or "paper". model: a name in ``MODELS``. passes: N.
-    carry: as in ``ModelConfig``. steps: overrides the recipe's, to try things out; 0 keeps it.
+    carry: as in ``ModelConfig``. steps, learning_rate: override the recipe's, to try things out; 0 keeps it.
     Raises ValueError for an unknown name, N < 1, or more than one pass for a model that does not sleep.
     """
 
@@ -93,6 +93,7 @@ class Experiment:
     seed: int = 0
     carry: str = "hidden"
     steps: int = 0
+    learning_rate: float = 0.0
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -118,6 +119,8 @@ class Experiment:
             parts.append(self.carry)
         if self.steps:
             parts.append(f"{self.steps}steps")
+        if self.learning_rate:
+            parts.append(f"lr{self.learning_rate:g}")
         return "-".join([*parts, f"seed{self.seed}"])
 
     @property
@@ -138,8 +141,9 @@ class Experiment:
     def train_config(self) -> TrainConfig:
         settings = dict(self.recipe.train, passes=self.passes, seed=self.seed)
         settings["steps"] = self.steps or settings["steps"]
-        if self.passes in self.recipe.learning_rates:
-            settings["learning_rate"] = self.recipe.learning_rates[self.passes]
+        rate = self.learning_rate or self.recipe.learning_rates.get(self.passes)
+        if rate:
+            settings["learning_rate"] = rate
         if self.model == "longer":
             settings["steps"] *= 4
         return TrainConfig(**settings)
