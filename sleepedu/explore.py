@@ -11,6 +11,7 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -20,15 +21,15 @@ MOST_FRAMES, MOST_BYTES = 40, 300_000
 
 
 def explore(
-    draw: Callable[[int, int], Figure],
-    passes: Sequence[int],
-    depths: Sequence[int],
-    describe: Callable[[int, int], str],
+    draw: Callable[[Any, Any], Figure],
+    passes: Sequence[int | str],
+    depths: Sequence[int | str],
+    describe: Callable[[Any, Any], str],
     names: tuple[str, str] = ("Sleep passes N", "Depth"),
 ) -> "Explorer":
     """Return an explorer that shows ``draw(N, depth)`` with ``describe(N, depth)`` in words, for every N and depth.
 
-    passes, depths: the values of the two sliders, in order. describe: the picture in words, for readers who do not
+    passes, depths: the values of the two sliders, in order, numbers or words. describe: the picture in words, for readers who do not
     see it. Raises ValueError for empty sliders, or more than 40 pictures or 300 kB of them.
     """
     if not passes or not depths:
@@ -42,14 +43,14 @@ def explore(
 class Explorer:
     """Two sliders over pictures; as a notebook's value it shows itself in whatever way the place allows."""
 
-    draw: Callable[[int, int], Figure]
-    describe: Callable[[int, int], str]
-    passes: tuple[int, ...]
-    depths: tuple[int, ...]
+    draw: Callable[[Any, Any], Figure]
+    describe: Callable[[Any, Any], str]
+    passes: tuple[int | str, ...]
+    depths: tuple[int | str, ...]
     names: tuple[str, str]
-    _frames: dict[tuple[int, int], bytes] = field(default_factory=dict, repr=False)
+    _frames: dict[tuple[int | str, int | str], bytes] = field(default_factory=dict, repr=False)
 
-    def frame(self, n: int, depth: int) -> bytes:
+    def frame(self, n: int | str, depth: int | str) -> bytes:
         """Return the picture for one N and depth as PNG with at most 64 colours."""
         if (n, depth) not in self._frames:
             self._frames[n, depth] = small_png(self.draw(n, depth))
