@@ -29,8 +29,8 @@ def explore(
 ) -> "Explorer":
     """Return an explorer that shows ``draw(N, depth)`` with ``describe(N, depth)`` in words, for every N and depth.
 
-    passes, depths: the values of the two sliders, in order, numbers or words. describe: the picture in words, for readers who do not
-    see it. Raises ValueError for empty sliders, or more than 40 pictures or 300 kB of them.
+    passes, depths: the values of the two sliders, in order, numbers or words. describe: the picture in words, for
+    readers who do not see it. Raises ValueError for empty sliders, or more than 40 pictures or 300 kB of them.
     """
     if not passes or not depths:
         raise ValueError(f"both sliders need a value: got passes {list(passes)} and depths {list(depths)}")
@@ -108,7 +108,7 @@ def small_png(figure: Figure, colours: int = 64) -> bytes:
     """Return a figure as a PNG of at most ``colours`` colours."""
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png")
-    Image.open(raw).convert("RGB").quantize(colours).save(small, format="png", optimize=True)
+    Image.open(raw).convert("RGB").quantize(colours, kmeans=1).save(small, format="png", optimize=True)
     return small.getvalue()
 
 
