@@ -62,15 +62,17 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             train={"steps": 100_000, "batch": 128, **PAPER},
         ),
         ("rule110", "smoke"): Recipe(
-            task={"cells": 6, "steps": (1, 2)}, model=SMALL, train={"steps": 300, "batch": 64}
+            task={"cells": 6, "steps": (1, 2)}, model={**SMALL, "positions": 6}, train={"steps": 300, "batch": 64}
         ),
         ("rule110", "laptop"): Recipe(
-            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6)}, model={"layout": "ag"}, train={"steps": 4000, "batch": 64}
+            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6)},
+            model={"layout": "ag", "positions": 12},
+            train={"steps": 2500, "batch": 64},
         ),
         # 512 x 100 tokens a step: 5 billion tokens.
         ("rule110", "paper"): Recipe(
             task={"cells": 24, "rows": 4, "steps": (32,), "ask": "first"},
-            model={"layout": "agag", "width": 256},
+            model={"layout": "agag", "width": 256, "positions": 24},
             train={"steps": 97_656, "batch": 512, **PAPER},
         ),
     }

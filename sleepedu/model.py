@@ -25,10 +25,12 @@ class ModelConfig:
     vocabulary: number of token ids. layout: one letter a block, "a" attention or "g" fast weights, so "agag" is the
     paper's hybrid and "aaaa" a plain transformer. heads x key_size and heads x value_size are the sizes of S
     (0 means width / heads). carry: what one sleep pass hands the next, "hidden" (the paper: h itself), "inject"
-    (h normalised and mixed with the embedding again) or "embed" (nothing but S).
+    (h normalised and mixed with the embedding again) or "embed" (nothing but S). positions: how many places of the
+    window have a learned embedding, added to the token's; 0 leaves positions to attention's rotary encoding, which
+    cannot tell apart two questions that use the same token.
 
-    The paper leaves these open; we chose: pre-norm RMSNorm; rotary positions that count from 0 in every window; an
-    empty convolution tail at every window; h carried as it is, without normalisation; float32.
+    The paper leaves these open; we chose: pre-norm RMSNorm; positions that count from 0 in every window; an empty
+    convolution tail at every window; h carried as it is, without normalisation; float32.
     Raises ValueError for a value that makes no model.
     """
 
@@ -42,6 +44,7 @@ class ModelConfig:
     convolution: int = 4
     write_range: float = 2.0
     carry: str = "hidden"
+    positions: int = 0
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
@@ -53,8 +56,9 @@ class ModelConfig:
             raise ValueError(f"layout {self.layout!r} has unknown letters {unknown}: use one or more of {allowed}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
-        if self.key_size < 0 or self.value_size < 0:
-            raise ValueError(f"key_size and value_size must not be negative: {self.key_size}, {self.value_size}")
+        for name in ("key_size", "value_size", "positions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.write_range <= 2:
             raise ValueError(f"write_range must lie in (0, 2] for the rule to be stable, got {self.write_range}")
         if self.mlp_ratio * self.width < 1:
@@ -81,6 +85,8 @@ class SleepLM(nn.Module):
         self.config = config
         heads, value_size, key_size = config.state_shape
         self.embedding = nn.Embedding(config.vocabulary, config.width)
+        if config.positions:
+            self.places = nn.Parameter(0.5 * torch.randn(config.positions, config.width))
         self.layers = nn.ModuleList()
         for letter in config.layout:
             if letter == "a":
@@ -114,16 +120,28 @@ class SleepLM(nn.Module):
         """Return the cache of a window of which nothing has been read."""
         return [WindowCache() for _ in self.layers]
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the first hidden states h (b, l, w) of tokens (b, l)."""
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Return the first hidden states h (b, l, w) of tokens (b, l), the first of them at place ``start``."""
+        self.check_tokens(tokens)
+        h = self.embedding(tokens)
+        if not self.config.positions:
+            return h
+        end = start + tokens.shape[1]
+        if end > self.config.positions:
+            raise ValueError(f"{end} tokens in a window are too many: the model has {self.config.positions} positions")
+        return h + self.places[start:end]
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise ValueError unless tokens are whole numbers (b, l) inside the vocabulary (checked on the CPU)."""
         if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens must be whole numbers of shape (batch, length), got {tuple(tokens.shape)}")
+            raise ValueError(
+                f"tokens must be whole numbers of shape (batch, length), got {tokens.dtype} {tuple(tokens.shape)}"
+            )
         if tokens.device.type == "cpu" and tokens.numel():
             low, high = torch.aminmax(tokens)
             if low < 0 or high >= self.config.vocabulary:
                 wrong = int(low if low < 0 else high)
                 raise ValueError(f"token {wrong} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}")
-        return self.embedding(tokens)
 
     def blocks(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).

@@ -145,6 +145,8 @@ class Session:
         check_passes(passes)
         if window < 1 or batch < 1:
             raise ValueError(f"window and batch must be at least 1, got {window} and {batch}")
+        if 0 < model.config.positions < window:
+            raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
         self.model, self.window, self.passes, self.batch = model, window, passes, batch
         self.S = model.empty_fast_weights(batch)
         self.tokens_read = 0
@@ -163,13 +165,14 @@ class Session:
         Raises ValueError for another batch size or tokens outside the vocabulary; nothing has been read then.
         """
         self._check_batch(tokens)
-        embedding = self.model.embed(tokens)
-        logits = [self.model.out(embedding[:, :0])]
-        while embedding.shape[1]:
-            piece, embedding = embedding[:, : self.room], embedding[:, self.room :]
-            h, self.S = self.model.blocks(piece, self.S, self._cache)
+        self.model.check_tokens(tokens)
+        logits = [self.model.out(self.model.embed(tokens[:, :0]))]
+        while tokens.shape[1]:
+            piece, tokens = tokens[:, : self.room], tokens[:, self.room :]
+            embedding = self.model.embed(piece, self._filled)
+            h, self.S = self.model.blocks(embedding, self.S, self._cache)
             logits.append(self.model.out(h))
-            self._read.append((h, piece))
+            self._read.append((h, embedding))
             self._filled += piece.shape[1]
             self.tokens_read += piece.shape[1]
             if not self.room:
@@ -196,10 +199,12 @@ class Session:
         self._check_batch(prompt)
         if prompt.shape[1] > self.window:
             raise ValueError(f"a prompt of {prompt.shape[1]} tokens does not fit a window of {self.window}")
-        embedding = self.model.embed(prompt)
+        self.model.check_tokens(prompt)
         if prompt.shape[1] > self.room:
             self.sleep()
-        h, _ = self.model.blocks(embedding, self.S, [replace(layer) for layer in self._cache])
+        h, _ = self.model.blocks(
+            self.model.embed(prompt, self._filled), self.S, [replace(layer) for layer in self._cache]
+        )
         return self.model.out(h)
 
     def _clear_window(self) -> None:
