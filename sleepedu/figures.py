@@ -274,7 +274,7 @@ def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: 
 
 @_figure
 def pass_changes(traces: Mapping[str, "SleepTrace"], layer: int = 0, window: int = -1) -> Figure:
-    """Draw how much every pass changes S, |S_n - S_(n-1)| / |S_n|, a curve per trace."""
+    """Draw how much every pass changes S, ``|S_n - S_(n-1)| / |S_n|``, a curve per trace."""
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     for position, (label, trace) in enumerate(traces.items()):
         change = trace.changes(window)[:, layer].tolist()

@@ -37,7 +37,7 @@ class SleepTrace:
         return torch.stack([torch.stack([_norm(s).mean() for s in S]) for S in self.S[window]])
 
     def changes(self, window: int = -1) -> Tensor:
-        """Return |S_n - S_(n-1)| / |S_n| for every pass n, mean over the batch: (passes, fast-weight layers)."""
+        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass n, mean over the batch: (passes, fast-weight layers)."""
         steps = zip(self.S[window], self.S[window][1:], strict=False)
         return torch.stack(
             [torch.stack([(_norm(t - s) / _norm(t)).mean() for s, t in zip(S, T, strict=True)]) for S, T in steps]
@@ -48,7 +48,7 @@ class SleepTrace:
         return torch.stack([h.float().square().mean(dim=(1, 2, 3)).sqrt() for h in self.h[window]])
 
     def hidden_changes(self, window: int = -1) -> Tensor:
-        """Return |h_n - h_(n-1)| / |h_n| after every block, from pass 2 on: (passes - 1, layers)."""
+        """Return ``|h_n - h_(n-1)| / |h_n|`` after every block, from pass 2 on: (passes - 1, layers)."""
         h = torch.stack(self.h[window]).float().flatten(2)  # (passes, layers, b * l * w)
         return (h[1:] - h[:-1]).norm(dim=-1) / h[1:].norm(dim=-1)
 

@@ -1,0 +1,38 @@
+"""What the tests share: one thread, no display, small models whose every parameter matters, one tiny stored run."""
+
+import matplotlib
+import pytest
+import torch
+
+from sleepedu import experiments
+from sleepedu.model import ModelConfig, SleepLM
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_model():
+    """A factory of small models; their parameters are shaken, so that none is still at a neutral 0 or 1."""
+
+    def make(layout: str = "ag", carry: str = "hidden", seed: int = 0, **settings) -> SleepLM:
+        torch.manual_seed(seed)
+        settings = {"vocabulary": 11, "width": 16, "heads": 2} | settings
+        model = SleepLM(ModelConfig(layout=layout, carry=carry, **settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment() -> experiments.Experiment:
+    return experiments.Experiment("graph", "smoke", passes=2, steps=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_experiment, tmp_path_factory) -> experiments.Run:
+    """A run of four steps. Tests that damage it work on a copy."""
+    return experiments.run(tiny_experiment, "cpu", tmp_path_factory.mktemp("runs"), examples=20)

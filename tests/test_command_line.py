@@ -1,0 +1,153 @@
+"""The command line: what it prints, and one line and exit code 2 for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sleepedu import experiments
+from sleepedu.__main__ import main
+
+SMOKE = ["train", "graph", "--size", "smoke", "--steps", "4", "--quiet"]
+
+
+def assert_fails(capsys, arguments, message):
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert len(shown.err.splitlines()) == 1, shown.err
+    assert shown.err.startswith("sleepedu: ") and message in shown.err
+    return shown
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "COMMAND"),
+        (["dream"], "invalid choice: 'dream'"),
+        (["train"], "task"),
+        (["train", "chess"], "task 'chess' is unknown"),
+        ([*SMOKE, "--size", "huge"], "size 'huge' is unknown"),
+        ([*SMOKE, "--model", "mamba"], "model 'mamba' is unknown"),
+        ([*SMOKE, "--carry", "nothing"], "carry 'nothing' is unknown"),
+        ([*SMOKE, "--passes", "0"], "passes (N) must be a whole number of at least 1, got 0"),
+        ([*SMOKE, "--passes", "two"], "invalid int value: 'two'"),
+        ([*SMOKE, "--passes", "1.5"], "invalid int value: '1.5'"),
+        ([*SMOKE, "--model", "transformer", "--passes", "2"], "does not sleep"),
+        ([*SMOKE, "--seed", "-1"], "seed"),
+        ([*SMOKE, "--seed", "9" * 30], ""),
+        ([*SMOKE, "--steps", "-1"], "steps"),
+        ([*SMOKE, "--device", "tpu"], "device 'tpu' is unknown"),
+        ([*SMOKE, "--threads", "-1"], "threads"),
+        ([*SMOKE, "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["evaluate", "no-such-run"], "there is no run 'no-such-run'"),
+        (["evaluate"], "run"),
+        (["results", "--runs", "/no/such/folder"], "/no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path):
+    if arguments[:1] == ["train"]:
+        arguments = [*arguments, "--runs", str(tmp_path)]
+    assert_fails(capsys, arguments, message)
+    assert list(tmp_path.iterdir()) == [], "nothing was trained"
+
+
+def test_no_examples_are_refused_before_training(capsys, tmp_path):
+    assert_fails(capsys, [*SMOKE, "--examples", "0", "--runs", str(tmp_path)], "examples must be at least 1, got 0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_absent_cuda_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_fails(capsys, [*SMOKE, "--device", "cuda", "--runs", str(tmp_path)], "torch finds no CUDA device")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_fails(capsys, [*SMOKE, "--runs", str(tmp_path / "file")], str(tmp_path / "file"))
+
+
+def test_a_broken_checkpoint_is_one_line(capsys, tmp_path):
+    folder = tmp_path / "graph-smoke-sleep-N1-4steps-seed0"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(b"not a checkpoint, whatever it looks like")
+    assert_fails(capsys, [*SMOKE, "--runs", str(tmp_path)], "is not a whole checkpoint")
+
+
+def test_a_broken_run_is_one_line(capsys, tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    assert_fails(capsys, ["evaluate", str(tmp_path)], "is broken")
+
+
+def test_a_stopped_run_says_that_it_can_go_on(capsys, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "run", interrupt)
+    assert main([*SMOKE, "--runs", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_train_evaluate_and_results(capsys, tmp_path):
+    assert main([*SMOKE, "--passes", "2", "--runs", str(tmp_path), "--examples", "10", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    name = "graph-smoke-sleep-N2-4steps-seed0"
+    assert name in shown.out and "hops k" in shown.out and "best constant answer" in shown.out
+    assert shown.err == ""
+
+    assert main(["results", "--runs", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    measured = {"carry", "seconds", "device", "depths", "majority"}
+    assert {key: value for key, value in row.items() if key not in measured} == {
+        "run": name,
+        "task": "graph",
+        "model": "sleep",
+        "passes": 2,
+        "size": "smoke",
+        "seed": 0,
+        "steps": 4,
+        "tokens": 4 * 64 * 24,
+    }
+    assert measured <= set(row) and row["device"] == "cpu" and 0 < row["majority"] < 1
+    assert list(row["depths"]) == ["1", "2", "3"]
+    for accuracy in row["depths"].values():
+        assert {"accuracy", "low", "high", "n"} <= set(accuracy) and accuracy["n"] == 10
+        assert 0 <= accuracy["low"] <= accuracy["accuracy"] <= accuracy["high"] <= 1
+
+    assert main(["results", "--runs", str(tmp_path)]) == 0
+    assert name in capsys.readouterr().out
+
+    command = ["evaluate", str(tmp_path / name), "--examples", "30", "--seed", "5", "--device", "cpu"]
+    assert main([*command, "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert set(evaluated) == set(row) | {"seed_of_examples"}
+    assert evaluated["seed_of_examples"] == 5 and evaluated["depths"]["3"]["n"] == 30
+
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"{evaluated['depths']['3']['accuracy']:.3f}" in shown and "hops k" in shown
+
+
+def test_progress_is_shown_unless_quiet(capsys, tmp_path):
+    command = ["train", "graph", "--size", "smoke", "--steps", "2", "--examples", "5", "--runs", str(tmp_path)]
+    assert main(command) == 0
+    assert "step 2/2" in capsys.readouterr().out
+
+
+def test_results_of_the_committed_store(capsys):
+    assert main(["results", "--json"]) == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == [r.name for r in experiments.stored_runs()]
+
+
+def test_as_a_program():
+    command = [sys.executable, "-m", "sleepedu", "evaluate", "no-such-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("sleepedu: there is no run 'no-such-run'")
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr

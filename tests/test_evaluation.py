@@ -1,0 +1,147 @@
+"""Accuracy by depth against a direct count, and its intervals against published numbers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sleepedu import evaluation
+from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, wilson_interval
+from sleepedu.tasks import CellularAutomaton, GraphRetrieval
+
+GRAPH = GraphRetrieval(nodes=4, hops=3, queries=2)
+ROW = CellularAutomaton(cells=5, steps=(1, 2))
+
+
+@pytest.mark.parametrize(
+    "share, n, low, high",
+    [
+        (0.5, 10, 0.23659, 0.76341),
+        (0.0, 10, 0.0, 0.27753),
+        (1.0, 10, 0.72247, 1.0),
+        (0.9, 2000, 0.88609, 0.91240),
+        (81 / 263, 263, 0.25529, 0.36622),  # Newcombe 1998, table I
+        (1 / 29, 29, 0.00611, 0.17175),  # Newcombe 1998, table I
+    ],
+)
+def test_wilson_interval(share, n, low, high):
+    assert wilson_interval(share, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def cheat(monkeypatch, is_right):
+    """Make the model right exactly where ``is_right(episode)`` says so; return the episodes that it is asked."""
+    asked = []
+
+    def answer(model, episode, passes):
+        asked.append(episode)
+        wrong = (episode.targets + 1) % model.config.vocabulary
+        answers = torch.where(is_right(episode), episode.targets, wrong).clamp(min=0)
+        return torch.nn.functional.one_hot(answers, model.config.vocabulary).float()
+
+    monkeypatch.setattr(evaluation, "run_episode", answer)
+    return asked
+
+
+def test_every_depth_is_measured_by_itself(make_model, monkeypatch):
+    cheat(monkeypatch, lambda episode: episode.depth <= 2)
+    table = accuracy_by_depth(make_model(), GRAPH, passes=1, examples=50)
+    assert {depth: a.accuracy for depth, a in table.items()} == {1: 1.0, 2: 1.0, 3: 0.0}
+    assert (table[1].low, table[1].high) == wilson_interval(1.0, 50)
+    assert table[1].n == 50
+
+
+def test_each_question_counts_by_itself_on_a_graph(make_model, monkeypatch):
+    cheat(monkeypatch, lambda episode: torch.arange(GRAPH.prompt_length) < 2)
+    assert accuracy_by_depth(make_model(), GRAPH, 1, examples=30)[1].accuracy == 0.5
+
+
+def test_a_row_is_right_only_if_all_its_bits_are(make_model, monkeypatch):
+    cheat(monkeypatch, lambda episode: torch.arange(ROW.cells) > 0)
+    assert accuracy_by_depth(make_model(), ROW, 1, examples=30)[1].accuracy == 0.0
+    cheat(monkeypatch, lambda episode: episode.windows[:, 0, :1].bool().expand_as(episode.targets))
+    share = accuracy_by_depth(make_model(), ROW, 1, examples=400)[1].accuracy
+    assert 0.4 < share < 0.6
+
+
+@pytest.mark.parametrize("task", [GRAPH, ROW], ids=["each", "all"])
+def test_a_real_model_is_counted_example_by_example(task, make_model, monkeypatch):
+    model, asked, given = make_model("agag"), [], []
+    run_episode = evaluation.run_episode
+
+    def spy(*arguments):
+        asked.append(arguments[1])
+        given.append(run_episode(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(evaluation, "run_episode", spy)
+    table = accuracy_by_depth(model, task, passes=2, examples=25, batch=10)
+    assert [len(episode) for episode in asked] == [10, 10, 5] * len(task.depths)
+    for number, depth in enumerate(task.depths):
+        shares, answers, targets = [], [], []
+        for episode, logits in list(zip(asked, given, strict=True))[3 * number : 3 * number + 3]:
+            for i in range(len(episode)):
+                where = [p for p in range(task.prompt_length) if episode.targets[i, p] != -100]
+                assert {int(episode.depth[i, p]) for p in where} == {depth}
+                targets.append([int(episode.targets[i, p]) for p in where])
+                answers.append([int(logits[i, p].argmax()) for p in where])
+                right = [x == y for x, y in zip(answers[-1], targets[-1], strict=True)]
+                shares.append(all(right) if task.scoring == "all" else sum(right) / len(right))
+        assert table[depth].accuracy == pytest.approx(sum(shares) / 25)
+        everything = list(itertools.chain(*targets))
+        most = max(sorted(set(everything)), key=everything.count)
+        constant = [[x == most for x in row] for row in targets]
+        wanted = sum(all(row) if task.scoring == "all" else sum(row) / len(row) for row in constant) / 25
+        assert table[depth].majority == pytest.approx(wanted)
+
+
+def test_majority_of_the_papers_automaton_is_the_papers_one_pass_result(make_model, monkeypatch):
+    cheat(monkeypatch, lambda episode: episode.depth > 0)
+    task = CellularAutomaton(rows=4, cells=24, steps=(32,), ask="first")
+    assert accuracy_by_depth(make_model(), task, 1)[32].majority == pytest.approx(0.563**4, abs=0.02)
+
+
+def test_examples_depend_on_the_seed_and_never_repeat(make_model, monkeypatch):
+    asked = cheat(monkeypatch, lambda episode: episode.depth > 0)
+    task = CellularAutomaton(cells=40, steps=(1, 2))
+    for seed in (0, 1):
+        accuracy_by_depth(make_model(), task, 1, examples=40, seed=seed, batch=20)
+    rows = [tuple(row) for episode in asked for row in episode.windows[:, 0].tolist()]
+    assert len(set(rows)) == len(rows) == 2 * 2 * 40
+    again = cheat(monkeypatch, lambda episode: episode.depth > 0)
+    accuracy_by_depth(make_model(), task, 1, examples=40, seed=0, batch=20)
+    assert torch.equal(again[0].windows, asked[0].windows)
+
+
+def test_wrong_settings_are_named(make_model):
+    with pytest.raises(ValueError, match="examples must be at least 1, got 0"):
+        accuracy_by_depth(make_model(), GRAPH, 1, examples=0)
+    with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
+        accuracy_by_depth(make_model(), GRAPH, 0)
+    with pytest.raises(ValueError, match="the task has 8 words, the model a vocabulary of 7"):
+        accuracy_by_depth(make_model(vocabulary=7), GRAPH, 1)
+
+
+def table(*shares, majority=0.25):
+    return {depth: Accuracy(share, 0.0, 1.0, 2000, majority) for depth, share in enumerate(shares, start=1)}
+
+
+def test_across_seeds_is_the_mean_with_students_interval():
+    together = across_seeds([table(0.4, 0.99), table(0.5, 1.0), table(0.6, 1.0)])
+    assert together[1].accuracy == pytest.approx(0.5)
+    reach = 4.302653 * 0.1 / math.sqrt(3)
+    assert (together[1].low, together[1].high) == pytest.approx((0.5 - reach, 0.5 + reach))
+    assert together[2].high == 1.0, "clipped to what a share can be"
+    assert together[1].n == 3 and together[1].majority == pytest.approx(0.25)
+
+
+def test_across_two_seeds_uses_one_degree_of_freedom():
+    reach = 12.706205 * 0.01 * math.sqrt(2) / math.sqrt(2)
+    assert across_seeds([table(0.49), table(0.51)])[1].low == pytest.approx(0.5 - reach)
+
+
+def test_a_single_run_keeps_its_own_interval_and_none_is_refused():
+    single = table(0.3)
+    assert across_seeds([single]) == single
+    with pytest.raises(ValueError, match="no run"):
+        across_seeds([])

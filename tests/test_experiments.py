@@ -1,0 +1,301 @@
+"""The run store: what is stored, found again, refused; and that the committed runs are what they say."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sleepedu import experiments
+from sleepedu.evaluation import wilson_interval
+from sleepedu.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
+from sleepedu.model import CARRIES, SleepLM
+from sleepedu.sleep import run_episode
+from sleepedu.tasks import TASKS
+from sleepedu.training import Checkpoint
+
+
+@pytest.fixture
+def copy_of_run(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def train(*arguments, **named):
+        raise AssertionError("this must not train")
+
+    monkeypatch.setattr(experiments, "train", train)
+
+
+def rewrite(path, **changes):
+    stored = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(stored | changes))
+
+
+# Recipes and experiments
+
+
+@pytest.mark.parametrize("task, size", RECIPES)
+def test_every_recipe_makes_a_task_a_model_and_a_training_run(task, size):
+    for model, passes in (("sleep", 1), ("sleep", 4), ("transformer", 1), ("longer", 1)):
+        experiment = Experiment(task, size, model, passes)
+        episode = experiment.make_task().sample(2, torch.Generator().manual_seed(0))
+        experiment.make_task().check(episode)
+        assert experiment.train_config.passes == passes
+    config = Experiment(task, size).model_config
+    with torch.device("meta"):
+        SleepLM(config)
+    if size != "paper":
+        assert run_episode(SleepLM(config), episode, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_without_a_recipe_is_refused_by_name(task, size):
+    if (task, size) not in RECIPES:
+        with pytest.raises(ValueError, match=f"{task}.*{size}|{size}.*{task}"):
+            Experiment(task, size)
+
+
+def test_models_differ_in_what_they_say_they_differ_in():
+    sleep, transformer, longer = (Experiment("graph", "smoke", model) for model in experiments.MODELS)
+    assert sleep.model_config.layout == "ag" and transformer.model_config.layout == "aa"
+    assert replace(transformer.model_config, layout="ag") == sleep.model_config
+    assert longer.train_config == replace(sleep.train_config, steps=4 * sleep.train_config.steps)
+    assert longer.model_config == sleep.model_config and transformer.train_config == sleep.train_config
+
+
+def test_a_recipe_may_tune_the_learning_rate_for_an_N(monkeypatch):
+    recipe = replace(RECIPES["graph", "smoke"], learning_rates={4: 0.5})
+    monkeypatch.setattr(experiments, "RECIPES", {("graph", "smoke"): recipe})
+    rates = [Experiment("graph", "smoke", passes=n).train_config.learning_rate for n in (1, 4)]
+    assert rates[1] == 0.5 != rates[0]
+
+
+VARIANTS = (
+    [{"passes": n} for n in (1, 2, 4)]
+    + [{"seed": 1}, {"steps": 7}, {"model": "transformer"}, {"model": "longer"}]
+    + [{"carry": carry} for carry in CARRIES if carry != "hidden"]
+)
+
+
+def test_every_experiment_has_its_own_name_and_fingerprint():
+    variants = [Experiment("graph", "smoke", **variant) for variant in VARIANTS]
+    assert len({e.fingerprint for e in variants}) == len({e.name for e in variants}) == len(variants)
+
+
+def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
+    changed = {
+        "task": {"nodes": 7, "hops": 2, "queries": 5, "windows": 2, "shortest": 4},
+        "model": {"layout": "ga", "width": 16, "heads": 4, "key_size": 3, "value_size": 3, "mlp_ratio": 3.0}
+        | {"convolution": 3, "write_range": 1.0},
+        "train": {"steps": 299, "batch": 63, "learning_rate": 0.02, "adam_learning_rate": 0.01, "warmup": 49}
+        | {"decay": 0.2, "weight_decay": 0.0, "clip": 2.0, "autocast": "bfloat16"},
+    }
+    base = RECIPES["graph", "smoke"]
+    experiment = Experiment("graph", "smoke")
+    covered = {part: set(settings) for part, settings in experiment.settings.items()}
+    assert covered["task"] == set(changed["task"]) | {"name"}
+    assert covered["model"] == set(changed["model"]) | {"vocabulary", "carry"}
+    assert covered["train"] == set(changed["train"]) | {"passes", "seed"}
+    seen = {experiment.fingerprint}
+    for part, settings in changed.items():
+        for name, value in settings.items():
+            recipe: Recipe = replace(base, **{part: {**getattr(base, part), name: value}})
+            monkeypatch.setattr(experiments, "RECIPES", {("graph", "smoke"): recipe})
+            seen.add(experiment.fingerprint)
+    assert len(seen) == 1 + sum(len(settings) for settings in changed.values())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"task": "chess"}, "task 'chess' is unknown: use one of graph"),
+        ({"size": "huge"}, "size 'huge' is unknown: use one of smoke"),
+        ({"model": "mamba"}, "model 'mamba' is unknown: use one of sleep"),
+        ({"carry": "nothing"}, "carry 'nothing' is unknown"),
+        ({"passes": 0}, r"passes \(N\) .* got 0"),
+        ({"model": "transformer", "passes": 2}, "model 'transformer' does not sleep: passes must be 1, got 2"),
+        ({"model": "longer", "passes": 2}, "model 'longer' does not sleep"),
+        ({"seed": -1}, "seed and steps must not be negative, got -1 and 0"),
+        ({"steps": -5}, "seed and steps must not be negative, got 0 and -5"),
+    ],
+)
+def test_wrong_experiments_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(**{"task": "graph", "size": "smoke"} | settings)
+
+
+# The store
+
+
+def test_a_finished_run_is_whole(tiny_run, tiny_experiment):
+    assert sorted(file.name for file in tiny_run.path.iterdir()) == ["run.json", "weights.pt"]
+    stored = json.loads((tiny_run.path / "run.json").read_text())
+    assert stored["fingerprint"] == tiny_experiment.fingerprint and stored["version"] == experiments.VERSION
+    assert tiny_run.name == tiny_experiment.name == "graph-smoke-sleep-N2-4steps-seed0"
+    assert tiny_run.experiment == tiny_experiment
+    assert tiny_run.make_task() == tiny_experiment.make_task()
+    assert list(tiny_run.table) == [1, 2, 3] and tiny_run.table[1].n == 20
+    assert tiny_run.history.step == [1, 2, 3, 4]
+    assert tiny_run.provenance["tokens"] == 4 * 64 * (12 + 12)
+    for name in ("device", "processor", "python", "torch", "commit", "finished", "seconds", "parameters", "threads"):
+        assert name in tiny_run.provenance
+
+
+def test_a_loaded_model_scores_what_its_run_says(tiny_run):
+    model = tiny_run.load_model()
+    assert not model.training
+    table = experiments.accuracy_by_depth(model, tiny_run.make_task(), 2, examples=20, seed=0)
+    assert table == tiny_run.table
+
+
+def test_a_second_call_loads_without_training(tiny_run, tiny_experiment, no_training):
+    again = experiments.run(tiny_experiment, "cpu", tiny_run.path.parent)
+    assert again.table == tiny_run.table and again.history == tiny_run.history
+
+
+def test_a_committed_run_is_found_first(tiny_run, tiny_experiment, no_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "COMMITTED", tiny_run.path.parent)
+    assert experiments.run(tiny_experiment, "cpu", tmp_path).path == tiny_run.path
+    assert [run.name for run in stored_runs()] == [tiny_run.name]
+    assert load(tiny_run.name).path == tiny_run.path
+
+
+def test_a_stored_run_of_another_recipe_is_not_taken(tiny_experiment, copy_of_run, monkeypatch):
+    recipe = RECIPES["graph", "smoke"]
+    recipe = replace(recipe, train={**recipe.train, "batch": 8})
+    monkeypatch.setattr(experiments, "RECIPES", {("graph", "smoke"): recipe})
+    run = experiments.run(tiny_experiment, "cpu", copy_of_run.parent, examples=5)
+    assert run.settings["train"]["batch"] == 8 and run.table[1].n == 5
+
+
+def test_the_same_experiment_gives_the_same_run(tiny_run, tiny_experiment, tmp_path):
+    again = experiments.run(tiny_experiment, "cpu", tmp_path, examples=20)
+    assert again.history.loss == tiny_run.history.loss and again.table == tiny_run.table
+
+
+def test_passes_and_models_share_the_first_batch_but_not_the_outcome(tiny_run, tiny_experiment, tmp_path):
+    other = experiments.run(replace(tiny_experiment, passes=1), "cpu", tmp_path, examples=20)
+    assert other.history.loss != tiny_run.history.loss
+
+
+def test_stored_runs_are_those_that_finished_in_order(copy_of_run):
+    (copy_of_run.parent / "unfinished").mkdir()
+    shutil.copytree(copy_of_run, copy_of_run.parent / "a")
+    assert [run.name for run in stored_runs(copy_of_run.parent)] == ["a", copy_of_run.name]
+
+
+def test_a_row_of_results_has_the_documented_keys(tiny_run):
+    row = json.loads(json.dumps(tiny_run.row(), allow_nan=False))
+    documented = {"run", "task", "model", "passes", "size", "seed", "steps", "tokens", "seconds", "device", "majority"}
+    assert documented | {"depths"} <= set(row)
+    assert {"accuracy", "low", "high", "n"} <= set(row["depths"]["1"])
+    assert (row["task"], row["model"], row["passes"], row["steps"]) == ("graph", "sleep", 2, 4)
+
+
+def test_a_missing_run_is_refused():
+    with pytest.raises(FileNotFoundError, match="there is no run 'graph-of-nobody'"):
+        load("graph-of-nobody")
+
+
+def test_an_unfinished_run_is_refused(copy_of_run):
+    (copy_of_run / "run.json").rename(copy_of_run / Checkpoint.FILE)
+    with pytest.raises(FileNotFoundError, match=r"holds no finished run .*interrupted, the same command resumes it"):
+        load(copy_of_run)
+
+
+def test_an_empty_folder_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no finished run \(no run.json\)"):
+        load(tmp_path)
+
+
+def test_a_run_of_another_version_is_refused(copy_of_run):
+    rewrite(copy_of_run, version=99)
+    with pytest.raises(ValueError, match="is of version 99, this library reads version 1"):
+        load(copy_of_run)
+
+
+def test_a_run_with_edited_settings_is_refused(copy_of_run, tiny_run):
+    settings = json.loads(json.dumps(tiny_run.settings))
+    settings["train"]["learning_rate"] = 0.1
+    rewrite(copy_of_run, settings=settings)
+    with pytest.raises(ValueError, match=r"run.json was changed: its settings do not have the fingerprint"):
+        load(copy_of_run)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe\x00", b'{"version": 1}'], ids=repr)
+def test_a_broken_run_is_refused(content, copy_of_run):
+    (copy_of_run / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is broken"):
+        load(copy_of_run)
+
+
+@pytest.mark.parametrize("part", ["settings", "table", "history", "experiment", "provenance"])
+def test_a_run_without_one_of_its_parts_is_refused(part, copy_of_run):
+    stored = json.loads((copy_of_run / "run.json").read_text())
+    del stored[part]
+    (copy_of_run / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=f"run.json is broken .*{part}"):
+        load(copy_of_run)
+
+
+def test_missing_weights_are_refused(copy_of_run):
+    (copy_of_run / "weights.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights.pt is missing"):
+        load(copy_of_run).load_model()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_weights_are_refused(keep, copy_of_run):
+    file = copy_of_run / "weights.pt"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(ValueError, match=r"weights.pt does not hold this run's weights"):
+        load(copy_of_run).load_model()
+
+
+def test_weights_of_another_model_are_refused(copy_of_run, make_model):
+    torch.save(make_model().state_dict(), copy_of_run / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt does not hold this run's weights"):
+        load(copy_of_run).load_model()
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("cpu") == find_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="torch finds no CUDA device"):
+        find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
+    with pytest.raises(ValueError, match="device 'tpu' is unknown: use auto, cpu or cuda"):
+        find_device("tpu")
+
+
+# The committed runs
+
+
+COMMITTED = stored_runs()
+
+
+@pytest.mark.parametrize("run", COMMITTED, ids=lambda run: run.name)
+def test_a_committed_run_loads_and_is_of_todays_recipe(run):
+    run.load_model()
+    assert experiments._fingerprint(run.settings) == run.experiment.fingerprint
+    assert run.name == run.experiment.name
+
+
+@pytest.mark.parametrize("run", random.Random(0).sample(COMMITTED, min(6, len(COMMITTED))), ids=lambda run: run.name)
+def test_a_committed_run_scores_the_same_on_other_examples(run):
+    task = run.make_task()
+    depth = random.Random(run.name).choice(list(run.table))
+    with torch.no_grad():
+        episode = task.sample(300, torch.Generator().manual_seed(12_345), depth)
+        answers = run_episode(run.load_model(), episode, run.experiment.passes).argmax(-1)
+    right = (answers == episode.targets) | ~episode.asked
+    share = right.all(1) if task.scoring == "all" else right[episode.asked].view(300, -1)
+    low, high = wilson_interval(share.double().mean().item(), 300)
+    assert low <= run.table[depth].high and run.table[depth].low <= high

@@ -1,0 +1,268 @@
+"""The explorer's page and widget, and that every figure shows the numbers it was given."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sleepedu import figures
+from sleepedu.evaluation import Accuracy
+from sleepedu.explore import MOST_FRAMES, explore, small_png
+from sleepedu.sleep import SleepTrace, sleep
+from sleepedu.training import History
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    assert plt.get_fignums() == []
+
+
+# The explorer
+
+
+def gradient(n, depth):
+    with figures.new_figure(2, 1.5) as (figure, axes):
+        axes.imshow(numpy.linspace(0, n * depth, 900).reshape(30, 30), vmin=0, vmax=20)
+    return figure
+
+
+def describe(n, depth):
+    return f'N = {n}, depth = {depth}: "a" < b </script>'
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the JSON in it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.data, self.inside = [], "", None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.inside = self.elements[-1]
+
+    def handle_data(self, data):
+        if self.inside == ("script", {"type": "application/json"}):
+            self.data += data
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_the_page_holds_every_picture_and_its_words():
+    explorer = explore(gradient, (1, 2, 4), (1, 3), describe)
+    page = Page(explorer.page())
+    data = json.loads(page.data)
+    pairs = [(n, depth) for n in (1, 2, 4) for depth in (1, 3)]
+    assert data["values"] == [[1, 2, 4], [1, 3]]
+    assert data["words"] == [describe(*pair) for pair in pairs]
+    assert [base64.b64decode(frame) for frame in data["frames"]] == [explorer.frame(*pair) for pair in pairs]
+    assert len(set(data["frames"])) == 6
+    (image,) = page.all("img")
+    assert image["alt"] == describe(1, 1)
+    assert image["src"] == "data:image/png;base64," + data["frames"][0]
+    assert len(page.all("script")) == 2, "no words may end the script early"
+
+
+def test_the_sliders_of_the_page_are_labelled_and_reach_every_value():
+    page = Page(explore(gradient, (1, 2, 4), (1, 3), describe, names=("Passes", "a < b")).page())
+    sliders = page.all("input")
+    assert [slider["type"] for slider in sliders] == ["range", "range"]
+    assert [(slider["min"], slider["max"], slider["value"]) for slider in sliders] == [("0", "2", "0"), ("0", "1", "0")]
+    ids = [slider["id"] for slider in sliders]
+    assert ids == [label["for"] for label in page.all("label")] == [shown["for"] for shown in page.all("output")]
+    assert len(set(ids)) == 2
+    assert any(p.get("aria-live") == "polite" for p in page.all("p"))
+
+
+def test_two_explorers_on_one_page_do_not_share_ids():
+    explorer = explore(gradient, (1,), (1,), describe)
+    first, second = ({e["id"] for e in Page(explorer.page()).all("input")} for _ in range(2))
+    assert not first & second
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    page = explore(gradient, (1, 2), (1,), describe).page()
+    assert "http://" not in page and "https://" not in page and 'src="//' not in page
+
+
+def test_a_picture_has_few_colours_and_is_drawn_once():
+    drawn = []
+
+    def draw(n, depth):
+        drawn.append((n, depth))
+        return gradient(n, depth)
+
+    explorer = explore(draw, (1, 2), (1,), describe)
+    picture = Image.open(io.BytesIO(explorer.frame(2, 1)))
+    explorer.frame(2, 1)
+    explorer.page()
+    assert sorted(drawn) == [(1, 1), (2, 1)]
+    assert picture.format == "PNG" and 4 < len(picture.getcolors(1000)) <= 64
+    assert len(Image.open(io.BytesIO(small_png(gradient(1, 1), 4))).getcolors(1000)) <= 4
+
+
+def test_too_many_pictures_are_refused_before_any_is_drawn():
+    def draw(n, depth):
+        raise AssertionError("drawn")
+
+    assert MOST_FRAMES == 40
+    explore(draw, range(1, 9), range(1, 6), describe)
+    with pytest.raises(ValueError, match="41 x 1 pictures are too many"):
+        explore(draw, range(41), [1], describe)
+
+
+def test_pictures_that_are_too_large_are_refused():
+    def noise(n, depth):
+        figure, axes = plt.subplots(figsize=(6, 6))
+        axes.imshow(numpy.random.default_rng(n).random((400, 400)))
+        plt.close(figure)
+        return figure
+
+    with pytest.raises(ValueError, match="bytes, 300000 at most"):
+        explore(noise, (1,), (1, 2), describe).page()
+
+
+@pytest.mark.parametrize("passes, depths", [((), (1,)), ((1,), ())])
+def test_an_empty_slider_is_refused(passes, depths):
+    with pytest.raises(ValueError, match="both sliders need a value"):
+        explore(gradient, passes, depths, describe)
+
+
+def test_the_widget_draws_anew_when_a_slider_moves():
+    explorer = explore(gradient, (1, 2), (1, 3), describe, names=("Passes", "Hops"))
+    passes, depths, picture, words = explorer.widget().children
+    assert (passes.description, depths.description) == ("Passes", "Hops")
+    assert picture.value == explorer.frame(1, 1)
+    passes.value = 2
+    assert picture.value == explorer.frame(2, 1)
+    depths.value = 3
+    assert picture.value == explorer.frame(2, 3)
+    assert words.value == "N = 2, depth = 3: &quot;a&quot; &lt; b &lt;/script&gt;"
+    assert isinstance(picture, ipywidgets.Image)
+
+
+def test_a_notebook_gets_page_and_widget():
+    bundle = explore(gradient, (1,), (1,), describe)._repr_mimebundle_()
+    assert bundle["text/html"].startswith('<div class="explorer"')
+    assert "application/vnd.jupyter.widget-view+json" in bundle and "text/plain" in bundle
+
+
+# The figures
+
+
+def table(*shares):
+    return {d: Accuracy(share, share - 0.1, share + 0.1, 100, 0.25) for d, share in enumerate(shares, start=1)}
+
+
+def curve(figure, label):
+    return next(line for line in figure.axes[0].lines if line.get_label() == label)
+
+
+def test_accuracy_by_depth_draws_means_bands_and_the_baseline():
+    tables = {"N=1": [table(0.9, 0.1), table(0.7, 0.3)], "N=4": [table(1.0, 0.8)]}
+    figure = figures.accuracy_by_depth(tables, "hops k")
+    assert isinstance(figure, Figure)
+    assert curve(figure, "N=1").get_ydata().tolist() == pytest.approx([0.8, 0.2])
+    assert curve(figure, "N=4").get_ydata().tolist() == [1.0, 0.8]
+    assert list(curve(figure, "best constant answer").get_ydata()) == [0.25, 0.25]
+    assert len(figure.axes[0].collections) == 2, "a band for every curve"
+    band = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.7, 1.1))
+    dots = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    assert [list(line.get_ydata()) for line in dots] == [[0.9, 0.1], [0.7, 0.3]]
+    assert figure.axes[0].get_xlabel() == "hops k"
+
+
+def test_every_N_has_one_colour_everywhere():
+    first = figures.accuracy_by_depth({"N=2": [table(0.5)], "N=4": [table(0.5)]}, "k")
+    second = figures.lines({"N=4": ([1, 2], [3, 4])}, "x", "y")
+    assert curve(first, "N=4").get_color() == second.axes[0].lines[0].get_color() == figures.PASS_COLOURS[4]
+    assert len(set(figures.PASS_COLOURS.values())) == len(figures.PASS_COLOURS)
+    assert figures.colour("N=1, four times as long") not in figures.PASS_COLOURS.values()
+
+
+@pytest.mark.parametrize("against, x", [("step", [10, 20]), ("tokens", [0.01, 0.02]), ("seconds", [1.5, 3.0])], ids=str)
+@pytest.mark.parametrize("value, y", [("loss", [2.0, 1.0]), ("accuracy", [0.1, 0.6])], ids=str)
+def test_learning_curves(against, x, value, y):
+    history = History([10, 20], [2.0, 1.0], [0.1, 0.6], [1.5, 3.0], tokens_per_step=1000, majority_loss=1.79)
+    figure = figures.learning_curves({"N=2": [history, history]}, against, value)
+    line = curve(figure, "N=2")
+    assert list(line.get_xdata()) == pytest.approx(x) and list(line.get_ydata()) == y
+    constants = [line for line in figure.axes[0].lines if line.get_label() == "best constant answer"]
+    assert [list(line.get_ydata()) for line in constants] == ([[1.79, 1.79]] if value == "loss" else [])
+
+
+def test_lines_with_a_logarithmic_axis():
+    figure = figures.lines({"a": ([1, 2], [3, 4]), "b": ([1, 2], [4, 5])}, "length", "seconds", log_x=True)
+    assert figure.axes[0].get_xscale() == "log"
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("length", "seconds")
+    assert curve(figure, "a").get_color() != curve(figure, "b").get_color()
+
+
+@pytest.mark.parametrize(
+    "answer, title",
+    [(None, "2 hops after A: D"), (3, "the model says D (right)"), (1, "the model says B (wrong)")],
+)
+def test_ring_says_what_was_asked_and_answered(answer, title):
+    figure = figures.ring([2, 0, 3, 1, -1], ["A", "B", "C", "D", "E"], [0, 2, 3], answer)
+    assert title in figure.axes[0].get_title(loc="left") + figure.axes[0].get_title()
+    names = {text.get_text() for text in figure.axes[0].texts}
+    assert {"A", "B", "C", "D"} <= names and "E" not in names
+
+
+@pytest.mark.parametrize(
+    "given, label", [(None, "asked, t = 1"), ([1, 1], "the model: all right"), ([0, 1], "the model: 1 wrong")]
+)
+def test_space_time_says_what_was_asked_and_answered(given, label):
+    figure = figures.space_time([[1, 0, 1], [1, 0, 1]], [0, 2], given)
+    assert label in [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(figure.axes[0].patches) == 6 + len(given or ())
+
+
+def test_fast_weights_and_their_changes_are_those_of_the_trace(make_model):
+    trace = SleepTrace()
+    with torch.no_grad():
+        sleep(make_model("ag"), torch.arange(8).view(1, 8), passes=3, trace=trace)
+    figure = figures.fast_weights(trace)
+    pictures = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(pictures) == 2 * 3
+    for i, picture in enumerate(pictures):
+        head, n = divmod(i, 3)
+        numpy.testing.assert_array_equal(picture, trace.S[0][n + 1][0][0, head].numpy())
+    assert len({axes.images[0].get_clim() for axes in figure.axes}) == 1, "one colour scale"
+    changes = figures.pass_changes({"N=3": trace})
+    line = curve(changes, "N=3")
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == pytest.approx(trace.changes()[:, 0].tolist())
+
+
+def test_a_figure_that_fails_is_closed_too():
+    with pytest.raises(ValueError, match="no run"):
+        figures.accuracy_by_depth({"N=1": []}, "hops k")
+    with pytest.raises(RuntimeError), figures.new_figure():
+        raise RuntimeError
+    left = plt.get_fignums()
+    plt.close("all")
+    assert left == []
+
+
+def test_the_style_stays_in_the_figure():
+    before = dict(plt.rcParams)
+    with figures.new_figure(rows=2, columns=2) as (figure, axes):
+        assert axes.shape == (2, 2)
+    assert dict(plt.rcParams) == before
+    assert figure.get_size_inches().tolist() == [6.4, 3.8]

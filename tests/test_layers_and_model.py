@@ -1,0 +1,233 @@
+"""The layers are their equations; the model is causal, streams, and says what does not fit."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sleepedu import layers
+from sleepedu.fast_weights import gated_delta
+from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
+from sleepedu.model import ModelConfig, SleepLM
+from sleepedu.sleep import run_episode
+from sleepedu.tasks import GraphRetrieval
+from sleepedu.training import score
+
+TOKENS = torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_is_softmax_of_rotated_keys_and_queries():
+    torch.manual_seed(0)
+    layer, x = CausalAttention(width=8, heads=2), torch.randn(1, 5, 8)
+    q, k, v = layer.project(x)[0].view(5, 3, 2, 4).permute(1, 2, 0, 3)  # (heads, length, size) each
+    read = torch.zeros(5, 2, 4)
+    for head in range(2):
+        for t in range(5):
+            scores = rotate(k[head], 0)[: t + 1] @ rotate(q[head], 0)[t] / math.sqrt(4)
+            read[t, head] = scores.softmax(0) @ v[head, : t + 1]
+    assert_close(layer(x)[0], layer.out(read.flatten(1)))
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+    assert_close(rotate(q, 7).norm(), q.norm())
+    assert_close(rotate(q, 0), q)
+    assert_close(rotate(q, 9) @ rotate(k, 5).T, rotate(q, 4) @ rotate(k, 0).T)
+    assert not torch.allclose(rotate(q, 9) @ rotate(k, 5).T, rotate(q, 9) @ rotate(k, 0).T)
+
+
+def test_fast_weight_mixer_is_the_gated_delta_rule(make_model):
+    layer = make_model("g").layers[0].mixer
+    x, S = torch.randn(1, 6, 16), torch.randn(1, 2, 8, 8)
+    projected = layer.project(x[0])
+    mixed, gate = projected[:, :48], projected[:, 48:]
+    padded = torch.cat((torch.zeros(3, 48), mixed))
+    mixed = F.silu(torch.stack([(layer.taps * padded[t : t + 4]).sum(0) for t in range(6)]))
+    q, k, v = mixed.view(6, 3, 2, 8).permute(1, 2, 0, 3)[:, None]  # (1, heads, length, size) each
+    q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+    forget, write = layer.gates(x).permute(0, 2, 1).split(2, dim=1)
+    log_a = -layer.decay_rate.exp()[:, None] * F.softplus(forget)
+    o, S_end = gated_delta(q, k, v, log_a, 2 * write.sigmoid(), S)
+    o = layer.norm * o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    found, S_found = layer(x, S)
+    assert_close(found[0], layer.out(o[0].transpose(0, 1).flatten(1) * F.silu(gate)))
+    assert_close(S_found, S_end)
+
+
+def test_a_fresh_mixer_writes_and_hardly_forgets():
+    torch.manual_seed(0)
+    layer = FastWeightMixer(16, 2, 8, 8, convolution=4, write_range=2.0)
+    forget, write = layer.gates(torch.randn(1, 50, 16)).chunk(2, dim=-1)
+    kept = (-layer.decay_rate.exp() * F.softplus(forget)).exp()
+    assert 0.95 < kept.mean() < 0.99
+    assert 0.9 < 2 * write.sigmoid().mean() < 1.1
+
+
+def test_parameter_shapes():
+    model = SleepLM(
+        ModelConfig(vocabulary=11, layout="ag", width=16, heads=2, key_size=4, value_size=6, carry="inject")
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    mlp = {"mlp.project.weight": (64, 16), "mlp.out.weight": (16, 32), "mixer_norm.weight": (16,)}
+    mlp["mlp_norm.weight"] = (16,)
+    attention = mlp | {"mixer.project.weight": (48, 16), "mixer.out.weight": (16, 16)}
+    fast = mlp | {
+        "mixer.project.weight": (2 * (4 + 4 + 6) + 12, 16),
+        "mixer.taps": (4, 28),
+        "mixer.gates.weight": (4, 16),
+        "mixer.gates.bias": (4,),
+        "mixer.decay_rate": (2,),
+        "mixer.norm": (6,),
+        "mixer.out.weight": (16, 12),
+    }
+    outside = {"embedding.weight": (11, 16), "norm.weight": (16,), "head.weight": (11, 16), "inject.weight": (16, 32)}
+    wanted = {f"layers.{i}.{name}": shape for i, block in enumerate((attention, fast)) for name, shape in block.items()}
+    assert shapes == outside | wanted
+    assert model.config.state_shape == (2, 6, 4)
+    logits, S = model(TOKENS)
+    assert logits.shape == (2, 13, 11)
+    assert [tuple(matrix.shape) for matrix in S] == [(2, 2, 6, 4)]
+
+
+def test_injection_starts_as_the_embedding_plus_half_the_normalised_h():
+    model = SleepLM(ModelConfig(vocabulary=11, width=16, heads=2, carry="inject"))
+    h, embedding = torch.randn(2, 1, 3, 16)
+    normal = h / h.square().mean(-1, keepdim=True).sqrt()
+    assert_close(model.carry(h, embedding), embedding + normal / 2)
+
+
+@pytest.mark.parametrize("layout", ["a", "g", "ag", "gaga", "aaaa", "agg"])
+def test_layout_is_built_letter_by_letter(layout, make_model):
+    model = make_model(layout)
+    assert ["g" if block.has_fast_weights else "a" for block in model.layers] == list(layout)
+    assert model.fast_layers == [i for i, letter in enumerate(layout) if letter == "g"]
+    logits, S = model(TOKENS)
+    assert len(S) == layout.count("g") and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["a", "g", "agag"])
+@pytest.mark.parametrize("t", [0, 5, 12])
+def test_no_token_changes_what_came_before_it(layout, t, make_model):
+    model, other = make_model(layout), TOKENS.clone()
+    other[:, t] = (other[:, t] + 1) % 11
+    before, after = model(TOKENS)[0], model(other)[0]
+    assert torch.equal(before[:, :t], after[:, :t])
+    assert (before[:, t:] != after[:, t:]).any(dim=(0, 2)).all()
+
+
+def read_in_pieces(model, sizes):
+    S, cache, logits = model.empty_fast_weights(2), model.empty_cache(), []
+    for piece in TOKENS.split(sizes, dim=1):
+        h, S = model.blocks(model.embed(piece), S, cache)
+        logits.append(model.out(h))
+    return torch.cat(logits, dim=1), S
+
+
+@pytest.mark.parametrize("layout", ["aa", "gg", "agag"])
+@pytest.mark.parametrize("sizes", [[1] * 13, [13], [2, 5, 1, 1, 4], [6, 7], [1, 12]], ids=str)
+def test_reading_in_pieces_is_reading_at_once(layout, sizes, make_model):
+    model = make_model(layout)
+    logits, S = read_in_pieces(model, sizes)
+    wanted, S_wanted = model(TOKENS)
+    assert_close(logits, wanted)
+    for found, matrix in zip(S, S_wanted, strict=True):
+        assert_close(found, matrix)
+
+
+def test_one_token_with_no_convolution_reach_streams_too(make_model):
+    model = make_model("ag", convolution=1)
+    assert_close(read_in_pieces(model, [1] * 13)[0], model(TOKENS)[0])
+
+
+def test_cache_of_a_window_starts_empty(make_model):
+    assert make_model("ag").empty_cache() == [WindowCache(), WindowCache()]
+
+
+def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):
+    def rule(*tensors):
+        assert not torch.is_autocast_enabled("cpu")
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        return gated_delta(*tensors)
+
+    monkeypatch.setattr(layers, "gated_delta_chunked", rule)
+    model = make_model("ag")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, S = model(TOKENS)
+    assert logits.dtype == torch.bfloat16
+    assert S[0].dtype == torch.float32
+    torch.testing.assert_close(S[0], model(TOKENS)[1][0], rtol=0.1, atol=0.1)
+
+
+def test_double_precision_works_throughout(make_model):
+    model = make_model("ag")
+    logits, S = model.double()(TOKENS)
+    assert logits.dtype == S[0].dtype == torch.float64
+    assert_close(logits.float(), model.float()(TOKENS)[0])
+
+
+@pytest.mark.parametrize("carry, passes", [("hidden", 1), ("hidden", 2), ("inject", 2), ("embed", 2)])
+def test_gradient_reaches_every_parameter(carry, passes, make_model):
+    task = GraphRetrieval(nodes=4, hops=2, queries=4, windows=2)
+    model = make_model("agag", carry)
+    episode = task.sample(8, torch.Generator().manual_seed(0))
+    score(run_episode(model, episode, passes), episode)[0].backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert unused == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"layout": "axg"}, r"layout 'axg' has unknown letters \['x'\]"),
+        ({"layout": ""}, "layout ''"),
+        ({"width": 30, "heads": 4}, "width 30 must divide into 4 heads"),
+        ({"width": 12, "heads": 4}, "width 12 must divide into 4 heads of even size"),
+        ({"carry": "nothing"}, "carry 'nothing' is unknown"),
+        ({"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"heads": -1}, "heads must be at least 1, got -1"),
+        ({"convolution": 0}, "convolution must be at least 1, got 0"),
+        ({"key_size": -1}, "key_size .* -1"),
+        ({"value_size": -2}, "value_size .* -2"),
+        ({"write_range": 2.5}, "write_range .* got 2.5"),
+        ({"write_range": 0}, "write_range .* got 0"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio 0.001"),
+    ],
+)
+def test_wrong_configuration_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{"vocabulary": 11} | settings)
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.tensor([[0, -1]]), "token -1 is outside the vocabulary: ids are 0 to 10"),
+        (torch.tensor([[11, 3]]), "token 11 is outside the vocabulary: ids are 0 to 10"),
+        (torch.tensor([[1.0, 2.0]]), "tokens must be whole numbers"),
+        (torch.tensor([1, 2]), r"tokens must be .* got \(2,\)"),
+    ],
+)
+def test_wrong_tokens_are_named(tokens, message, make_model):
+    with pytest.raises(ValueError, match=message):
+        make_model()(tokens)
+
+
+@pytest.mark.parametrize(
+    "S, message",
+    [
+        ((), "layout 'ag' has 1 fast-weight layers, S 0"),
+        ((torch.zeros(2, 2, 8, 8),) * 2, "layout 'ag' has 1 fast-weight layers, S 2"),
+        ((torch.zeros(2, 2, 8, 4),), r"S must have shape \(2, 2, 8, 8\), got \(2, 2, 8, 4\)"),
+        ((torch.zeros(1, 2, 8, 8),), r"S must have shape \(2, 2, 8, 8\), got \(1, 2, 8, 8\)"),
+        ((torch.zeros(2, 2, 8, 8, device="meta"),), "S is on meta, the model on cpu"),
+    ],
+)
+def test_wrong_fast_weights_are_named(S, message, make_model):
+    with pytest.raises(ValueError, match=message):
+        make_model("ag")(TOKENS, S)

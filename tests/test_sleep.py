@@ -1,0 +1,260 @@
+"""Algorithm 1 against a second, plain implementation; what survives a sleep; streaming; the trace."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sleepedu.model import CARRIES
+from sleepedu.sleep import Session, SleepTrace, run_episode, sleep, wake
+from sleepedu.tasks import GraphRetrieval
+from sleepedu.training import score
+
+TASK = GraphRetrieval(nodes=4, hops=2, queries=3, windows=2)  # 11 words, two windows of 4 tokens, prompt of 6
+EPISODE = TASK.sample(3, torch.Generator().manual_seed(0))
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def blocks(model, h, S):
+    """Blocks(h, S) of the paper; S is a dict from layer to matrix."""
+    after = {}
+    for i, block in enumerate(model.layers):
+        h, after[i] = block(h, S.get(i))
+    return h, after
+
+
+def algorithm_1(model, episode, N):
+    """The paper's Algorithm 1, word for word: the logits at the prompt and the loss."""
+    S = {i: torch.zeros(3, 2, 8, 8) for i, letter in enumerate(model.config.layout) if letter == "g"}
+    for window in range(episode.windows.shape[1]):
+        embedded = F.embedding(episode.windows[:, window], model.embedding.weight)
+        h = embedded
+        for n in range(N):
+            if n and model.config.carry == "embed":
+                h = embedded
+            if n and model.config.carry == "inject":
+                normal = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+                h = torch.cat((embedded, normal), -1) @ model.inject.weight.T
+            h, S = blocks(model, h, S)
+    h, _ = blocks(model, F.embedding(episode.prompt, model.embedding.weight), S)
+    logits = model.norm(h) @ model.head.weight.T
+    return logits, F.cross_entropy(logits.flatten(0, 1), episode.targets.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize("N", [1, 2, 3])
+def test_run_episode_is_algorithm_1(carry, N, make_model):
+    model = make_model("agag", carry)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    logits = run_episode(model, EPISODE, N)
+    loss, _ = score(logits, EPISODE)
+    wanted, wanted_loss = algorithm_1(model, EPISODE, N)
+    assert_close(logits, wanted)
+    assert_close(loss, wanted_loss)
+    found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    for name, gradient, same in zip(
+        names, found, torch.autograd.grad(wanted_loss, parameters, materialize_grads=True), strict=True
+    ):
+        assert_close(gradient, same, 1e-4)
+        assert gradient.any() or (name, N) == ("inject.weight", 1), name
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_one_pass_of_any_carry_is_the_plain_hybrid(carry, make_model):
+    plain, model = make_model("agag", "hidden"), make_model("agag", carry)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    S = None
+    for window in EPISODE.windows.unbind(1):
+        _, S = plain(window, S)
+    assert torch.equal(run_episode(model, EPISODE, 1), plain(EPISODE.prompt, S)[0])
+
+
+def test_more_passes_give_another_answer(make_model):
+    model = make_model("agag")
+    answers = [run_episode(model, EPISODE, N) for N in (1, 2, 3)]
+    assert not torch.allclose(answers[0], answers[1]) and not torch.allclose(answers[1], answers[2])
+
+
+def test_carries_differ_from_the_second_pass_on(make_model):
+    plain = make_model("agag", "hidden")
+    answers = []
+    for carry in CARRIES:
+        model = make_model("agag", carry)
+        model.load_state_dict(plain.state_dict(), strict=False)
+        answers.append(run_episode(model, EPISODE, 2))
+    assert not any(torch.allclose(answers[i], answers[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_order_of_the_windows_matters_because_S_is_carried(make_model):
+    model = make_model("agag")
+    S = sleep(model, EPISODE.windows[:, 1], sleep(model, EPISODE.windows[:, 0], passes=2), passes=2)
+    assert torch.equal(wake(model, EPISODE.prompt, S), run_episode(model, EPISODE, 2))
+    fresh = sleep(model, EPISODE.windows[:, 1], passes=2)
+    assert not torch.allclose(wake(model, EPISODE.prompt, fresh), run_episode(model, EPISODE, 2))
+
+
+def test_after_a_sleep_nothing_but_S_is_left_of_the_window(make_model):
+    model, later = make_model("agag"), EPISODE.prompt
+    window = EPISODE.windows[:, 0]
+    other = window.clone()
+    other[:, -1] = (other[:, -1] + 1) % TASK.nodes
+    sessions = []
+    for tokens in (window, other, other):
+        session = Session(model, window=7, passes=2, batch=3)
+        session.read(tokens)
+        session.sleep()
+        sessions.append(session)
+    read, held, free = sessions
+    held.S = read.S
+    logits = read.read(later)
+    assert torch.equal(held.read(later), logits)
+    assert not torch.allclose(free.read(later), logits)
+
+
+def test_a_transformer_that_sleeps_remembers_nothing(make_model):
+    model = make_model("aa")
+    assert torch.equal(run_episode(model, EPISODE, 1), model(EPISODE.prompt)[0])
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize("sizes", [[1] * 8, [8], [3, 5], [4, 4], [7, 1], [2, 1, 5]], ids=str)
+def test_session_in_pieces_is_run_episode(carry, sizes, make_model):
+    model = make_model("agag", carry)
+    session = Session(model, window=4, passes=3, batch=3)
+    tokens = EPISODE.windows.flatten(1)
+    logits = torch.cat([session.read(piece) for piece in tokens.split(sizes, dim=1)], dim=1)
+    assert (session.sleeps, session.tokens_read, session.room) == (2, 8, 4)
+    prompt = EPISODE.prompt[:, :4]
+    S = model.empty_fast_weights(3)
+    for i, window in enumerate(EPISODE.windows.unbind(1)):
+        assert_close(logits[:, 4 * i : 4 * i + 4], model(window, S)[0])
+        S = sleep(model, window, S, passes=3)
+    for found, matrix in zip(session.S, S, strict=True):
+        assert_close(found, matrix)
+    assert_close(session.answer(prompt), wake(model, prompt, S))
+
+
+def test_session_with_a_long_window_answers_like_run_episode(make_model):
+    model = make_model("agag")
+    session = Session(model, window=6, passes=2, batch=3)
+    for window in EPISODE.windows.unbind(1):
+        session.read(window)
+        session.sleep()  # on a partial window
+        assert session.room == 6
+    assert session.sleeps == 2
+    assert_close(session.answer(EPISODE.prompt), run_episode(model, EPISODE, 2))
+
+
+def test_session_answers_from_the_window_it_has_not_slept_on(make_model):
+    model, tokens = make_model("agag"), EPISODE.prompt
+    session = Session(model, window=6, passes=2, batch=3)
+    session.read(tokens[:, :4])
+    assert_close(session.answer(tokens[:, 4:]), model(tokens)[0][:, 4:])
+    assert session.sleeps == 0
+
+
+def test_session_sleeps_before_a_prompt_that_does_not_fit_beside_the_window(make_model):
+    model = make_model("agag")
+    session = Session(model, window=6, passes=2, batch=3)
+    session.read(EPISODE.windows[:, 0])
+    answer = session.answer(EPISODE.prompt)
+    assert session.sleeps == 1
+    assert_close(answer, wake(model, EPISODE.prompt, sleep(model, EPISODE.windows[:, 0], passes=2)))
+
+
+def test_an_answer_leaves_no_trace_in_the_session(make_model):
+    model = make_model("agag")
+    asked, left_alone = (Session(model, window=8, passes=2, batch=3) for _ in range(2))
+    for session in (asked, left_alone):
+        session.read(EPISODE.windows[:, 0])
+    first, second = (asked.answer(EPISODE.prompt[:, :3]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert (asked.tokens_read, asked.sleeps, asked.room) == (4, 0, 4)
+    assert torch.equal(asked.read(EPISODE.prompt), left_alone.read(EPISODE.prompt))
+    assert all(map(torch.equal, asked.S, left_alone.S))
+
+
+def test_sleeping_on_nothing_does_nothing(make_model):
+    session = Session(make_model("ag"), window=4, passes=2)
+    session.sleep()
+    assert session.sleeps == 0 and not session.S[0].any()
+
+
+def test_session_refuses_what_does_not_fit_and_has_read_nothing_then(make_model):
+    model = make_model("ag")
+    session = Session(model, window=4, passes=2, batch=1)
+    for tokens, message in (
+        (torch.zeros(2, 3, dtype=torch.long), r"tokens must have shape \(1, length\), got \(2, 3\)"),
+        (torch.tensor([[1, 2, 99]]), "token 99 is outside the vocabulary"),
+    ):
+        for method in (session.read, session.answer):
+            with pytest.raises(ValueError, match=message):
+                method(tokens)
+    with pytest.raises(ValueError, match="a prompt of 5 tokens does not fit a window of 4"):
+        session.answer(torch.zeros(1, 5, dtype=torch.long))
+    assert session.tokens_read == 0 and session.room == 4
+    for window, batch in ((0, 1), (4, 0)):
+        with pytest.raises(ValueError, match=f"window and batch must be at least 1, got {window} and {batch}"):
+            Session(model, window=window, passes=1, batch=batch)
+
+
+@pytest.mark.parametrize("N", [0, -1, True, 1.5, "2", None], ids=repr)
+def test_passes_must_be_a_whole_number_of_at_least_one(N, make_model):
+    model = make_model("ag")
+    for call in (
+        lambda: run_episode(model, EPISODE, N),
+        lambda: sleep(model, EPISODE.windows[:, 0], passes=N),
+        lambda: Session(model, window=4, passes=N),
+    ):
+        with pytest.raises(ValueError, match=rf"passes \(N\) must be a whole number of at least 1, got {N!r}"):
+            call()
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_trace_changes_no_result_and_leaves_no_hook(carry, make_model):
+    model, trace = make_model("agag", carry), SleepTrace()
+    assert torch.equal(run_episode(model, EPISODE, 3, trace), run_episode(model, EPISODE, 3))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_trace_leaves_no_hook_after_an_error(make_model):
+    model = make_model("agag")
+    with pytest.raises(ValueError, match="S must have shape"):
+        sleep(model, EPISODE.windows[:, 0], model.empty_fast_weights(2), 2, SleepTrace())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_trace_records_every_pass_of_every_window(make_model):
+    model, trace = make_model("aga"), SleepTrace()
+    run_episode(model, EPISODE, 3, trace)
+    S = {1: torch.zeros(3, 2, 8, 8)}
+    assert len(trace.S) == len(trace.h) == 2
+    for window in range(2):
+        h = model.embedding(EPISODE.windows[:, window])
+        norms, changes, hidden = [S[1].flatten(1).norm(dim=1).mean()], [], []
+        torch.testing.assert_close(trace.S[window][0][0], S[1])
+        for n in range(3):
+            before, layers = S[1], []
+            for block in model.layers:
+                h, after = block(h, S[1])
+                S = S if after is None else {1: after}
+                layers.append(h)
+            hidden.append(torch.stack(layers))
+            assert_close(trace.S[window][n + 1][0], S[1])
+            assert_close(trace.h[window][n], hidden[-1])
+            lengths = S[1].flatten(1).norm(dim=1)
+            norms.append(lengths.mean())
+            changes.append(((S[1] - before).flatten(1).norm(dim=1) / lengths).mean())
+        assert_close(trace.norms(window), torch.stack(norms)[:, None])
+        assert_close(trace.changes(window), torch.stack(changes)[:, None])
+        sizes = torch.stack([h.square().mean(dim=(1, 2, 3)).sqrt() for h in hidden])
+        assert_close(trace.hidden_norms(window), sizes)
+        steps = [(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1) for a, b in itertools.pairwise(hidden)]
+        assert_close(trace.hidden_changes(window), torch.stack(steps))
+    assert trace.norms().shape == (4, 1) and torch.equal(trace.norms(), trace.norms(1))
+    assert trace.hidden_norms().shape == (3, 3) and trace.hidden_changes().shape == (2, 3)
+    assert not any(x.requires_grad for x in (*trace.S[0][1], *trace.h[0]))

@@ -1,0 +1,274 @@
+"""Training: the same data for every N, the same numbers twice, and a resumed run that is the uninterrupted one."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sleepedu import experiments, training
+from sleepedu.model import SleepLM
+from sleepedu.tasks import CellularAutomaton, GraphRetrieval
+from sleepedu.training import TESTING, TRAINING, Checkpoint, TrainConfig, make_optimizers, score, stream, train
+
+TASK = GraphRetrieval(nodes=4, hops=2, queries=3)
+CONFIG = TrainConfig(passes=2, steps=12, batch=4, warmup=3)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(step):
+    def watch(history, config):
+        if history.step[-1] == step:
+            raise Interrupted
+
+    return watch
+
+
+def recording(seen):
+    """A task like TASK that keeps every batch it draws for training in the list ``seen``."""
+
+    class Recording(GraphRetrieval):
+        def sample(self, batch, generator, depth=None):
+            episode = super().sample(batch, generator, depth)
+            if batch == CONFIG.batch:
+                seen.append(episode)
+            return episode
+
+    return Recording(nodes=4, hops=2, queries=3)
+
+
+@pytest.fixture
+def saves_at_every_entry(monkeypatch):
+    """Half a minute passes between any two looks at the clock, so that every history entry is checkpointed."""
+    clock = itertools.count(0, 30)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+
+
+def assert_same_weights(model, other):
+    for (name, x), y in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_every_N_and_model_sees_the_same_data_in_the_same_order(make_model):
+    orders = []
+    for passes, layout in ((1, "ag"), (2, "ag"), (3, "g")):
+        seen = []
+        train(make_model(layout), recording(seen), replace(CONFIG, passes=passes, steps=5))
+        orders.append(torch.stack([torch.cat((e.windows[:, 0], e.prompt, e.targets), dim=1) for e in seen]))
+    assert len(orders[0]) == 5
+    assert torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0][0], orders[0][1])
+
+
+def test_another_seed_sees_other_data(make_model):
+    seen = []
+    for seed in (0, 1):
+        train(make_model(), recording(seen), replace(CONFIG, steps=1, seed=seed))
+    assert not torch.equal(seen[0].windows, seen[1].windows)
+
+
+def test_streams_of_training_and_testing_never_meet():
+    keys = itertools.product(range(4), (TRAINING, TESTING), [0, 1, 2, 999, 1000, 10_000, 1_000_000])
+    seeds = [stream(*key).initial_seed() for key in keys]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_two_runs_of_one_seed_are_the_same_bit_for_bit(make_model):
+    first, second = make_model("agag"), make_model("agag")
+    histories = [train(model, TASK, CONFIG) for model in (first, second)]
+    assert_same_weights(first, second)
+    assert histories[0].loss == histories[1].loss and histories[0].accuracy == histories[1].accuracy
+    assert not torch.equal(first.head.weight, make_model("agag").head.weight)
+
+
+@pytest.mark.parametrize("carry", ["hidden", "inject"])
+def test_a_resumed_run_is_the_uninterrupted_one(carry, make_model, tmp_path, saves_at_every_entry):
+    whole, first, second = make_model("ag", carry), make_model("ag", carry), make_model("ag", carry, seed=1)
+    history = train(whole, TASK, CONFIG)
+    with pytest.raises(Interrupted):
+        train(first, TASK, CONFIG, tmp_path, interrupt_at(7))
+    seen = []
+    resumed = train(second, recording(seen), CONFIG, tmp_path)
+    assert len(seen) == 6, "the steps after the last checkpoint, and no others"
+    assert_same_weights(second, whole)
+    assert resumed.step == history.step == list(range(1, 13))
+    assert resumed.loss == history.loss and resumed.accuracy == history.accuracy
+    assert resumed.tokens_per_step == history.tokens_per_step and resumed.majority_loss == history.majority_loss
+    assert resumed.seconds == sorted(resumed.seconds)
+
+
+def test_a_run_that_was_interrupted_twice_goes_on(make_model, tmp_path, saves_at_every_entry):
+    whole, model = make_model(), make_model()
+    train(whole, TASK, CONFIG)
+    for step in (4, 9):
+        with pytest.raises(Interrupted):
+            train(model, TASK, CONFIG, tmp_path, interrupt_at(step))
+    train(model, TASK, CONFIG, tmp_path)
+    assert_same_weights(model, whole)
+
+
+def test_without_20_seconds_no_checkpoint_is_written(make_model, tmp_path):
+    train(make_model(), TASK, CONFIG, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def interrupted(make_model, tmp_path, saves_at_every_entry):
+    with pytest.raises(Interrupted):
+        train(make_model(), TASK, CONFIG, tmp_path, interrupt_at(5))
+    return tmp_path / Checkpoint.FILE
+
+
+def test_a_checkpoint_of_other_settings_is_refused(interrupted, make_model):
+    for model, task, config in (
+        (make_model(), TASK, replace(CONFIG, learning_rate=0.02)),
+        (make_model(), TASK, replace(CONFIG, seed=1)),
+        (make_model(carry="embed"), TASK, CONFIG),
+        (make_model(), replace(TASK, queries=2), CONFIG),
+    ):
+        with pytest.raises(ValueError, match=f"{interrupted} is of a run with other settings"):
+            train(model, task, config, interrupted.parent)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_refused(keep, interrupted, make_model):
+    whole = interrupted.read_bytes()
+    interrupted.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(ValueError, match=f"{interrupted} is not a whole checkpoint"):
+        train(make_model(), TASK, CONFIG, interrupted.parent)
+
+
+def test_a_checkpoint_is_replaced_as_a_whole(interrupted, make_model, monkeypatch):
+    before = interrupted.read_bytes()
+
+    def fail_halfway(state, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail_halfway)
+    with pytest.raises(OSError, match="disk full"):
+        train(make_model(), TASK, CONFIG, interrupted.parent)
+    assert interrupted.read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan by step 1: lower learning_rate"):
+        train(model, TASK, CONFIG)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(make_model):
+    with pytest.raises(ValueError, match="the task has 7 words, the model a vocabulary of 6"):
+        train(make_model(vocabulary=6), TASK, CONFIG)
+
+
+def test_rate_warms_up_stays_and_decays_to_nothing():
+    config = TrainConfig(steps=20, warmup=4, decay=0.25)
+    rates = [config.rate(step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:16] == [1.0] * 12
+    assert rates[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert [TrainConfig(steps=5, warmup=0, decay=0).rate(step) for step in range(5)] == [1.0] * 5
+
+
+def test_the_rate_reaches_both_optimizers(make_model, monkeypatch):
+    rates = []
+    for kind in (torch.optim.Muon, torch.optim.AdamW):
+        step = kind.step
+
+        def spy(self, *arguments, step=step, **named):
+            rates.append(self.param_groups[0]["lr"])
+            return step(self, *arguments, **named)
+
+        monkeypatch.setattr(kind, "step", spy)
+    train(make_model(), TASK, TrainConfig(steps=4, batch=2, warmup=2, decay=0.5))
+    shares = [0.5, 1.0, 1.0, 0.5]
+    assert rates == pytest.approx([x for share in shares for x in (0.01 * share, 0.002 * share)])
+
+
+@pytest.mark.parametrize("carry", ["hidden", "inject"])
+def test_muon_gets_the_hidden_matrices_and_nothing_else(carry, make_model):
+    model = make_model("ag", carry)
+    muon, adam = make_optimizers(model, CONFIG)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_muon, by_adam = (sorted(names[id(p)] for g in o.param_groups for p in g["params"]) for o in (muon, adam))
+    blocks = [f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("mixer.project", "mixer.out")]
+    blocks += [f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("mlp.project", "mlp.out")]
+    assert by_muon == sorted(blocks + ["inject.weight"] * (carry == "inject"))
+    assert sorted(by_muon + by_adam) == sorted(names.values())
+    assert (muon.param_groups[0]["lr"], adam.param_groups[0]["lr"]) == (0.01, 0.002)
+
+
+def test_score_counts_what_is_asked_and_nothing_else():
+    episode = TASK.sample(5, torch.Generator().manual_seed(0))
+    logits = torch.randn(5, TASK.prompt_length, 7, generator=torch.Generator().manual_seed(0))
+    losses, right = [], []
+    for i in range(5):
+        for position in range(1, TASK.prompt_length, 2):
+            target = int(episode.targets[i, position])
+            losses.append(-logits[i, position].log_softmax(0)[target])
+            right.append(float(logits[i, position].argmax() == target))
+    loss, accuracy = score(logits, episode)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert accuracy.item() == pytest.approx(sum(right) / len(right))
+
+
+def test_majority_loss_is_the_entropy_of_the_answers():
+    assert training.majority_loss(TASK) == pytest.approx(1.3863, abs=0.002)  # ln 4
+    paper = CellularAutomaton(rows=4, cells=24, steps=(32,), ask="first")
+    assert training.majority_loss(paper) == pytest.approx(0.685, abs=0.003)  # of a coin that shows 1 in 56.3%
+    assert training.tokens_per_example(paper) == 100
+
+
+def test_history_says_where_the_run_stands(make_model, capsys):
+    history = train(make_model(), TASK, CONFIG, watch=training.print_progress)
+    assert history.step == list(range(1, 13))
+    assert history.tokens_per_step == CONFIG.batch * (8 + 6)
+    assert all(0 <= share <= 1 for share in history.accuracy)
+    shown = capsys.readouterr().out
+    assert shown.endswith("\n") and "step 12/12" in shown and "N=2" in shown
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+def test_mixed_precision_trains(autocast, make_model):
+    history = train(make_model(), TASK, replace(CONFIG, steps=2, autocast=autocast))
+    assert len(history.loss) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"passes": 0},
+        {"steps": 0},
+        {"batch": -1},
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"adam_learning_rate": -0.1},
+        {"clip": 0},
+        {"warmup": -1},
+        {"weight_decay": -0.5},
+        {"decay": 1.5},
+        {"autocast": "int8"},
+    ],
+    ids=str,
+)
+def test_wrong_training_settings_are_named(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=rf"{name}.*got.*{value}|{name} '{value}'"):
+        TrainConfig(**settings)
+
+
+def test_the_smoke_run_of_graph_retrieval_learns():
+    experiment = experiments.Experiment("graph", "smoke")
+    torch.manual_seed(0)
+    history = train(
+        SleepLM(experiment.model_config), experiment.make_task(), replace(experiment.train_config, steps=100)
+    )
+    assert history.loss[0] > history.majority_loss
+    assert history.loss[-1] < history.majority_loss - 0.05
