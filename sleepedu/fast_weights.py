@@ -2,7 +2,8 @@
 
 Every rule has one signature, ``rule(q, k, v, log_a, b, S) -> (o, S)``, and is a pure function of tensors.
 
-Symbols (after Lee et al. 2026, section 2, and Yang et al. 2024)
+Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
+
     q, k     (batch, heads, length, d_k)   query and key of every token
     v        (batch, heads, length, d_v)   value of every token
     log_a    (batch, heads, length)        logarithm of the forget gate a, at most 0
@@ -76,7 +77,7 @@ def gated_delta_chunked(
     """Compute ``gated_delta`` a chunk of tokens at a time: the same numbers from a few matrix products.
 
     Inside a chunk that starts from S_0, let g_t be the sum of log a up to token t and u_t = b_t (v_t - a_t S_{t-1} k_t)
-    what token t really writes. Unrolling the recurrence gives a linear system in the u (the WY form):
+    what token t really writes. Unrolling the recurrence gives a linear system in the u (the WY form)::
 
         u_t + b_t sum_{i<t} e^(g_t - g_i) (k_t . k_i) u_i = b_t (v_t - e^(g_t) S_0 k_t)
 

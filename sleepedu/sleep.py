@@ -1,5 +1,7 @@
 """Algorithm 1: sleep on every full window, clear the cache, wake for one ordinary pass.
 
+::
+
     S <- 0                                       once per sequence
     for each window:                             consolidation: no loss, no new input
         h <- Embed(window)
