@@ -4,12 +4,12 @@ Every rule has one signature, ``rule(q, k, v, log_a, b, S) -> (o, S)``, and is a
 
 Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
 
-    q, k     (batch, heads, length, d_k)   query and key of every token
-    v        (batch, heads, length, d_v)   value of every token
-    log_a    (batch, heads, length)        logarithm of the forget gate a, at most 0
+    q, k     (batch, heads, length, d_k)   queries and keys
+    v        (batch, heads, length, d_v)   values
+    log_a    (batch, heads, length)        log of the forget gate a, at most 0
     b        (batch, heads, length)        write strength
-    S        (batch, heads, d_v, d_k)      the fast weights; reading is o = S q
-    o        (batch, heads, length, d_v)   what each query reads, after its own token was written
+    S        (batch, heads, d_v, d_k)      the fast weights; o = S q
+    o        (batch, heads, length, d_v)   what the queries read
 
 The first four functions take one token at a time and are meant to be read. ``gated_delta_chunked`` gives the
 numbers of ``gated_delta`` with a few large matrix products, and is what the model trains with.

@@ -250,10 +250,10 @@ class Checkpoint:
 
 
 def print_progress(history: History, config: TrainConfig) -> None:
-    """Show the run so far in one line: rewritten in place in a terminal or notebook, ten lines in all in a log."""
+    """Show the run so far in one line: rewritten in place in a terminal, ten lines in all in a notebook or a log."""
     step, seconds = history.step[-1], history.seconds[-1]
     last = step == config.steps
-    in_place = sys.stdout.isatty() or "ipykernel" in sys.modules
+    in_place = sys.stdout.isatty()
     tenth = step * 10 // config.steps
     if not in_place and len(history.step) > 1 and tenth == history.step[-2] * 10 // config.steps:
         return
