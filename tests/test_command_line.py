@@ -42,6 +42,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--seed", "-1"], "seed"),
         ([*SMOKE, "--seed", "9" * 30], ""),
         ([*SMOKE, "--steps", "-1"], "steps"),
+        ([*SMOKE, "--learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
         ([*SMOKE, "--device", "tpu"], "device 'tpu' is unknown"),
         ([*SMOKE, "--threads", "-1"], "threads"),
         ([*SMOKE, "--frobnicate"], "unrecognized arguments: --frobnicate"),

@@ -77,7 +77,7 @@ def test_a_recipe_may_tune_the_learning_rate_for_an_N(monkeypatch):
 
 VARIANTS = (
     [{"passes": n} for n in (1, 2, 4)]
-    + [{"seed": 1}, {"steps": 7}, {"model": "transformer"}, {"model": "longer"}]
+    + [{"seed": 1}, {"steps": 7}, {"learning_rate": 0.5}, {"model": "transformer"}, {"model": "longer"}]
     + [{"carry": carry} for carry in CARRIES if carry != "hidden"]
 )
 
@@ -91,7 +91,7 @@ def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
     changed = {
         "task": {"nodes": 7, "hops": 2, "queries": 5, "windows": 2, "shortest": 4},
         "model": {"layout": "ga", "width": 16, "heads": 4, "key_size": 3, "value_size": 3, "mlp_ratio": 3.0}
-        | {"convolution": 3, "write_range": 1.0},
+        | {"convolution": 3, "write_range": 1.0, "positions": 12},
         "train": {"steps": 299, "batch": 63, "learning_rate": 0.02, "adam_learning_rate": 0.01, "warmup": 49}
         | {"decay": 0.2, "weight_decay": 0.0, "clip": 2.0, "autocast": "bfloat16"},
     }
@@ -121,6 +121,7 @@ def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
         ({"model": "transformer", "passes": 2}, "model 'transformer' does not sleep: passes must be 1, got 2"),
         ({"model": "longer", "passes": 2}, "model 'longer' does not sleep"),
         ({"seed": -1}, "seed and steps must not be negative, got -1 and 0"),
+        ({"learning_rate": -0.1}, "learning_rate must be above 0, got -0.1"),
         ({"steps": -5}, "seed and steps must not be negative, got 0 and -5"),
     ],
 )

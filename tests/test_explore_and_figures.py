@@ -15,7 +15,7 @@ from PIL import Image
 
 from sleepedu import figures
 from sleepedu.evaluation import Accuracy
-from sleepedu.explore import MOST_FRAMES, explore, small_png
+from sleepedu.explore import MOST_BYTES, MOST_FRAMES, explore, small_png
 from sleepedu.sleep import SleepTrace, sleep
 from sleepedu.training import History
 
@@ -125,15 +125,15 @@ def test_too_many_pictures_are_refused_before_any_is_drawn():
         explore(draw, range(41), [1], describe)
 
 
-def test_pictures_that_are_too_large_are_refused():
-    def noise(n, depth):
-        figure, axes = plt.subplots(figsize=(6, 6))
-        axes.imshow(numpy.random.default_rng(n).random((400, 400)))
-        plt.close(figure)
-        return figure
-
-    with pytest.raises(ValueError, match="bytes, 300000 at most"):
-        explore(noise, (1,), (1, 2), describe).page()
+def test_pictures_that_are_too_large_are_refused(monkeypatch):
+    explorer = explore(gradient, (1,), (1, 2), describe)
+    size = sum(len(base64.b64encode(explorer.frame(1, depth))) for depth in (1, 2))
+    assert MOST_BYTES == 300_000
+    monkeypatch.setattr("sleepedu.explore.MOST_BYTES", size)
+    explorer.page()
+    monkeypatch.setattr("sleepedu.explore.MOST_BYTES", size - 1)
+    with pytest.raises(ValueError, match=f"the pictures take {size} bytes, {size - 1} at most"):
+        explorer.page()
 
 
 @pytest.mark.parametrize("passes, depths", [((), (1,)), ((1,), ())])

@@ -101,6 +101,14 @@ def test_injection_starts_as_the_embedding_plus_half_the_normalised_h():
     assert_close(model.carry(h, embedding), embedding + normal / 2)
 
 
+def test_places_are_added_to_tokens(make_model):
+    model = make_model(positions=13)
+    assert_close(model.embed(TOKENS), model.embedding(TOKENS) + model.places)
+    assert_close(model.embed(TOKENS[:, 4:], start=4), model.embed(TOKENS)[:, 4:])
+    with pytest.raises(ValueError, match="14 tokens in a window are too many: the model has 13 positions"):
+        model.embed(TOKENS, start=1)
+
+
 @pytest.mark.parametrize("layout", ["a", "g", "ag", "gaga", "aaaa", "agg"])
 def test_layout_is_built_letter_by_letter(layout, make_model):
     model = make_model(layout)
@@ -194,6 +202,7 @@ def test_gradient_reaches_every_parameter(carry, passes, make_model):
         ({"convolution": 0}, "convolution must be at least 1, got 0"),
         ({"key_size": -1}, "key_size .* -1"),
         ({"value_size": -2}, "value_size .* -2"),
+        ({"positions": -1}, "positions .* -1"),
         ({"write_range": 2.5}, "write_range .* got 2.5"),
         ({"write_range": 0}, "write_range .* got 0"),
         ({"mlp_ratio": 0.001}, "mlp_ratio 0.001"),

@@ -120,6 +120,19 @@ def test_a_transformer_that_sleeps_remembers_nothing(make_model):
     assert torch.equal(run_episode(model, EPISODE, 1), model(EPISODE.prompt)[0])
 
 
+def test_places_are_those_of_the_window(make_model):
+    model = make_model("agag", positions=6)
+    session = Session(model, window=6, passes=2, batch=3)
+    for piece in EPISODE.windows[:, 0].split([1, 3], dim=1):
+        session.read(piece)
+    session.sleep()
+    session.read(EPISODE.prompt[:, :2])
+    S = sleep(model, EPISODE.windows[:, 0], passes=2)
+    assert_close(session.answer(EPISODE.prompt[:, 2:]), wake(model, EPISODE.prompt, S)[:, 2:])
+    with pytest.raises(ValueError, match="a window of 7 tokens does not fit the model's 6 positions"):
+        Session(model, window=7, passes=1)
+
+
 @pytest.mark.parametrize("carry", CARRIES)
 @pytest.mark.parametrize("sizes", [[1] * 8, [8], [3, 5], [4, 4], [7, 1], [2, 1, 5]], ids=str)
 def test_session_in_pieces_is_run_episode(carry, sizes, make_model):

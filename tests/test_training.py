@@ -194,7 +194,7 @@ def test_the_rate_reaches_both_optimizers(make_model, monkeypatch):
 
 @pytest.mark.parametrize("carry", ["hidden", "inject"])
 def test_muon_gets_the_hidden_matrices_and_nothing_else(carry, make_model):
-    model = make_model("ag", carry)
+    model = make_model("ag", carry, positions=4)
     muon, adam = make_optimizers(model, CONFIG)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_muon, by_adam = (sorted(names[id(p)] for g in o.param_groups for p in g["params"]) for o in (muon, adam))
