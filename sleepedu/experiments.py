@@ -65,7 +65,7 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             task={"cells": 6, "steps": (1, 2)}, model={**SMALL, "positions": 6}, train={"steps": 300, "batch": 64}
         ),
         ("rule110", "laptop"): Recipe(
-            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6)},
+            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6, 7, 8)},
             model={"layout": "ag", "positions": 12},
             train={"steps": 2500, "batch": 64},
         ),
