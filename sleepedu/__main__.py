@@ -22,10 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        if getattr(options, "threads", 0):
-            torch.set_num_threads(options.threads)
+        threads = getattr(options, "threads", 0)
+        if threads < 0:
+            raise ValueError(f"threads must not be negative, got {threads}")
+        if threads:
+            torch.set_num_threads(threads)
         options.command(options)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"sleepedu: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ import torch
 from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
-from sleepedu.training import Checkpoint, History, TrainConfig, parameter_count, train
+from sleepedu.training import Checkpoint, History, TrainConfig, first_line, parameter_count, train
 
 VERSION = 1  # of the run format; a run of another version is refused
 SIZES = ("smoke", "laptop", "paper")
@@ -197,8 +197,10 @@ class Run:
         try:
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # torch raises whatever the broken bytes lead it to
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} does not hold this run's weights ({reason}): train it again") from error
+            raise ValueError(
+                f"{path} does not hold this run's weights ({first_line(error)}): "
+                f"delete {path.parent} and train it again"
+            ) from error
         return model.to(find_device(device)).eval()
 
     def row(self) -> dict[str, Any]:
@@ -232,8 +234,10 @@ def run(
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
-    Raises ValueError for a device that is unknown or not there.
+    Raises ValueError for a device that is unknown or not there, or examples below 1.
     """
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples}")
     for store in (COMMITTED, Path(directory)):
         path = store / experiment.name
         if (path / "run.json").exists():
@@ -293,13 +297,20 @@ def load(run: Path | str) -> Run:
             table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
             provenance=stored["provenance"],
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is broken ({type(error).__name__}: {error}): train the run again") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} is broken ({type(error).__name__}: {first_line(error)}): delete {path} and train it again"
+        ) from error
 
 
 def stored_runs(directory: Path | str | None = None) -> list[Run]:
-    """Return every finished run of a store, by name; of the committed store when no directory is given."""
+    """Return every finished run of a store, by name; of the committed store when no directory is given.
+
+    Raises FileNotFoundError for a directory that is not there.
+    """
     store = COMMITTED if directory is None else Path(directory)
+    if directory is not None and not store.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(store)!r} to list runs from")
     return [load(file.parent) for file in sorted(store.glob("*/run.json"))]
 
 

@@ -6,7 +6,7 @@ Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
 
     q, k     (batch, heads, length, d_k)   queries and keys
     v        (batch, heads, length, d_v)   values
-    log_a    (batch, heads, length)        log of the forget gate a, at most 0
+    log_a    (batch, heads, length)        log of the forget gate a, finite and <= 0
     b        (batch, heads, length)        write strength
     S        (batch, heads, d_v, d_k)      the fast weights; o = S q
     o        (batch, heads, length, d_v)   what the queries read

@@ -54,9 +54,12 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
     def styled(*arguments, **named) -> Figure:
         with plt.rc_context(STYLE):
-            figure = draw(*arguments, **named)
-            plt.close(figure)
-            return figure
+            before = set(plt.get_fignums())
+            try:
+                return draw(*arguments, **named)
+            finally:
+                for number in set(plt.get_fignums()) - before:
+                    plt.close(number)
 
     return styled
 
@@ -68,8 +71,10 @@ def new_figure(
     """Yield a figure and its axes in the book's style, for a chapter that draws something of its own."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(width, height))
-        yield figure, axes
-        plt.close(figure)
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
 
 
 def colour(label: str, position: int = 0) -> str:
@@ -262,7 +267,7 @@ def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: 
     for n, S in enumerate(passes):
         for head in range(heads):
             picture = axes[head][n]
-            picture.imshow(S[head], cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+            picture.imshow(S[head].numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
             picture.set(xticks=[], yticks=[])
             picture.grid(False)
             if head == 0:

@@ -87,12 +87,12 @@ class FastWeightMixer(nn.Module):
         mixed = F.silu(self.convolve(mixed, cache))
         sizes = (self.heads * self.key_size,) * 2 + (self.heads * self.value_size,)
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in mixed.split(sizes, dim=-1))
-        forget, write = rearrange(self.gates(x).float(), "b l (two h) -> two b h l", two=2)
+        forget, write = rearrange(self.gates(x).to(S.dtype), "b l (two h) -> two b h l", two=2)
         log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)
         b = self.write_range * write.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
-            q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
-            o, S = gated_delta_chunked(q, k, v.float(), log_a, b, S)
+            q, k = F.normalize(q.to(S.dtype), dim=-1), F.normalize(k.to(S.dtype), dim=-1)
+            o, S = gated_delta_chunked(q, k, v.to(S.dtype), log_a, b, S)
             o = F.rms_norm(o, (self.value_size,), self.norm, eps=1e-6)
         return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
 

@@ -48,6 +48,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_passes(self.passes)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -110,7 +112,7 @@ def train(
 
     every = max(1, config.steps // 200)
     started = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
-    sums, counted = torch.zeros(2, device=device), 0
+    sums, counted = torch.zeros(3, device=device), 0
     last_saved = time.perf_counter()
     model.train()
     for step in range(first, config.steps):
@@ -125,18 +127,20 @@ def train(
         scaler.scale(loss).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
             scaler.step(optimizer)
         scaler.update()
-        sums += torch.stack((loss.detach(), accuracy))
+        # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
+        sums += torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
         counted += 1
         if (step + 1) % every and step + 1 < config.steps:
             continue
-        mean_loss, mean_accuracy = (sums / counted).tolist()
-        if not math.isfinite(mean_loss):
+        mean_loss, mean_accuracy, mean_norm = (sums / counted).tolist()
+        if not math.isfinite(mean_loss + mean_norm):
             raise FloatingPointError(
-                f"the loss is {mean_loss} by step {step + 1}: lower learning_rate (now {config.learning_rate}) "
+                f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
+                f"lower learning_rate (now {config.learning_rate}) "
                 "or clip; the last checkpoint is kept"
             )
         history.step.append(step + 1)
@@ -237,7 +241,9 @@ class Checkpoint:
             state = torch.load(self.path, map_location=self.model.head.weight.device, weights_only=True)
             settings = state["settings"]
         except Exception as error:  # torch raises whatever the broken bytes lead it to
-            raise ValueError(f"{self.path} is not a whole checkpoint ({error}): delete it to start anew") from error
+            raise ValueError(
+                f"{self.path} is not a whole checkpoint ({first_line(error)}): delete it to start anew"
+            ) from error
         if settings != self.settings:
             raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
         self.model.load_state_dict(state["model"])
@@ -263,6 +269,11 @@ def print_progress(history: History, config: TrainConfig) -> None:
         f"{seconds:.0f} s, {seconds / step * (config.steps - step):.0f} s left"
     )
     print(f"\r{line:<110}" if in_place else line, end="" if in_place and not last else "\n", flush=True)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says in one line; its kind, when it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def parameter_count(parameters: Iterable[Tensor]) -> int:

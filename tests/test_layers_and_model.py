@@ -219,7 +219,7 @@ def test_wrong_configuration_is_named(settings, message):
         (torch.tensor([[0, -1]]), "token -1 is outside the vocabulary: ids are 0 to 10"),
         (torch.tensor([[11, 3]]), "token 11 is outside the vocabulary: ids are 0 to 10"),
         (torch.tensor([[1.0, 2.0]]), "tokens must be whole numbers"),
-        (torch.tensor([1, 2]), r"tokens must be .* got \(2,\)"),
+        (torch.tensor([1, 2]), r"tokens must be .* \(2,\)"),
     ],
 )
 def test_wrong_tokens_are_named(tokens, message, make_model):

@@ -159,7 +159,9 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model):
     model = make_model()
     with torch.no_grad():
         model.head.weight[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="the loss is nan by step 1: lower learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match="the loss is nan and the norm of its gradient nan by step 1: lower learning_rate"
+    ):
         train(model, TASK, CONFIG)
 
 

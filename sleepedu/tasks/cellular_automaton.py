@@ -36,7 +36,8 @@ class CellularAutomaton(Task):
             raise ValueError(f"cells must be at least 3, got {self.cells}")
         if self.rows < 1:
             raise ValueError(f"rows must be at least 1, got {self.rows}")
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+        whole = all(isinstance(t, int) for t in self.steps)
+        if not self.steps or not whole or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps must be different whole numbers of at least 1, got {self.steps}")
         if self.ask not in ("first", "every"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
