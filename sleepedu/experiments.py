@@ -31,7 +31,9 @@ MODELS = {
     "transformer": "attention only, evicting every window: what is left of the past is nothing",
     "longer": "the hybrid at N = 1, trained on four times the steps",
 }
-COMMITTED = Path(__file__).resolve().parent.parent / "book" / "runs"
+PACKAGE = Path(__file__).resolve().parent
+# An installed package brings the runs along; in a checkout they lie with the book.
+COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
 OWN = Path("runs")
 
 
@@ -351,9 +353,8 @@ def _processor(device: torch.device) -> str:
 
 def _commit() -> str:
     """Return the commit the library stands at, "" outside a checkout."""
-    here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE, capture_output=True, text=True, timeout=10)
     except OSError:
         return ""
     return done.stdout.strip()
