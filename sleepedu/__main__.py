@@ -5,6 +5,7 @@ Wrong input gives one line on stderr and exit code 2; an interrupted training ru
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         if threads:
             torch.set_num_threads(threads)
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sleepedu: {error}", file=sys.stderr)
         return 2
