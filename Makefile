@@ -1,7 +1,8 @@
 # Two commands: `make book` and `make test`. Both set up .venv first, once, and again when requirements.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
-export PYTHONHASHSEED := 0
+# The models here are small: a second thread per process costs more than it brings.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: book test lint unit notebooks pages clean
 
