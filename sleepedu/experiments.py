@@ -34,7 +34,7 @@ MODELS = {
 PACKAGE = Path(__file__).resolve().parent
 # An installed package brings the runs along; in a checkout they lie with the book.
 COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
-OWN = Path("runs")
+OWN = Path("own_runs")
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,13 @@ class Experiment:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything the result depends on besides the machine."""
-        return {
+        """Everything the result depends on besides the machine, as it stands in a stored run."""
+        settings = {
             "task": {"name": self.task, **asdict(self.make_task())},
             "model": asdict(self.model_config),
             "train": asdict(self.train_config),
         }
+        return json.loads(json.dumps(settings))  # tuples become lists, as they do on disk
 
     @property
     def fingerprint(self) -> str:
