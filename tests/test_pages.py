@@ -61,7 +61,7 @@ def page(request, browser):
 
 
 def test_page_is_whole(page):
-    assert page.locator("h1").count() == 1
+    assert page.locator("article h1").count() == 1
     assert page.requests_outside == []
     assert page.problems == []
     assert page.locator("main").inner_text().strip()
@@ -77,7 +77,7 @@ def test_formulas_are_typeset(page):
 
 
 def test_every_picture_has_a_description(page):
-    for picture in page.locator("main img").all():
+    for picture in page.locator("article img").all():
         words = picture.get_attribute("alt") or ""
         assert len(words) > 12 or words == "Open in Colab", f"{picture.get_attribute('src')[:80]}: {words!r}"
         assert not re.search(r"\.(png|svg)$", words), f"the description is a file name: {words}"

@@ -1,4 +1,7 @@
-"""Put an "Open in Colab" badge on top of every notebook page; the address comes from the book's configuration."""
+"""Finish every page: an "Open in Colab" badge on top of each notebook, and no script twice.
+
+The repository's address comes from the book's configuration.
+"""
 
 from html import escape
 from pathlib import Path
@@ -22,6 +25,18 @@ def add_badge(app: Sphinx, pagename: str, templatename: str, context: dict, doct
     )
 
 
+def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Keep each script once: the theme's thebe support writes its constants twice, which is an error in a browser."""
+    seen, scripts = set(), []
+    for script in context.get("script_files", []):
+        key = (str(script.filename or ""), str(script.attributes))
+        if key not in seen:
+            seen.add(key)
+            scripts.append(script)
+    context["script_files"] = scripts
+
+
 def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", add_badge)
+    app.connect("html-page-context", drop_repeated_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
