@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sleepedu.evaluation import Accuracy, Table, across_seeds
+from sleepedu.evaluation import Table, across_seeds
 
 if TYPE_CHECKING:
     from sleepedu.sleep import SleepTrace
@@ -288,17 +288,3 @@ def pass_changes(traces: Mapping[str, "SleepTrace"], layer: int = 0, window: int
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=10)
     return figure
-
-
-__all__ = [
-    "Accuracy",
-    "accuracy_by_depth",
-    "colour",
-    "fast_weights",
-    "learning_curves",
-    "lines",
-    "new_figure",
-    "pass_changes",
-    "ring",
-    "space_time",
-]
