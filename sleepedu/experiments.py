@@ -55,7 +55,9 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             task={"nodes": 6, "hops": 3, "queries": 6}, model=SMALL, train={"steps": 300, "batch": 64}
         ),
         ("graph", "laptop"): Recipe(
-            task={"nodes": 8, "hops": 4, "queries": 8}, model={"layout": "ag"}, train={"steps": 1500, "batch": 64}
+            task={"nodes": 10, "hops": 5, "queries": 10},
+            model={"layout": "ag"},
+            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
         ),
         # Names of one token; the paper's have one or two.
         ("graph", "paper"): Recipe(

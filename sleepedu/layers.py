@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sleepedu.fast_weights import gated_delta_chunked
+from sleepedu.operations import convolve, rms_norm, unit_length
 
 
 @dataclass
@@ -84,29 +85,38 @@ class FastWeightMixer(nn.Module):
 
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         mixed, gate = self.project(x).split((self.mixed, self.heads * self.value_size), dim=-1)
-        mixed = F.silu(self.convolve(mixed, cache))
+        mixed = self.convolve(mixed, cache)
         sizes = (self.heads * self.key_size,) * 2 + (self.heads * self.value_size,)
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in mixed.split(sizes, dim=-1))
         forget, write = rearrange(self.gates(x).to(S.dtype), "b l (two h) -> two b h l", two=2)
         log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)
         b = self.write_range * write.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
-            q, k = F.normalize(q.to(S.dtype), dim=-1), F.normalize(k.to(S.dtype), dim=-1)
+            q, k = unit_length(q.to(S.dtype)), unit_length(k.to(S.dtype))
             o, S = gated_delta_chunked(q, k, v.to(S.dtype), log_a, b, S)
-            o = F.rms_norm(o, (self.value_size,), self.norm, eps=1e-6)
+            o = rms_norm(o, self.norm)
         return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
 
     def convolve(self, x: Tensor, cache: WindowCache | None) -> Tensor:
-        """Mix every channel with its last few tokens; a window starts with nothing before it."""
-        reach, length = len(self.taps) - 1, x.shape[1]
-        tail = None if cache is None else cache.tail
-        x = F.pad(x, (0, 0, reach, 0)) if tail is None else torch.cat((tail, x), dim=1)
-        if cache is not None:
-            cache.tail = x[:, length:]
-        y = self.taps[0] * x[:, :length]
-        for i in range(1, reach + 1):
-            y = torch.addcmul(y, self.taps[i], x[:, i : i + length])
-        return y
+        """Mix every channel with its last few tokens, then SiLU; a window starts with nothing before it."""
+        if cache is None:
+            return convolve(x, self.taps)
+        reach = len(self.taps) - 1
+        seen = 0 if cache.tail is None else cache.tail.shape[1]
+        x = x if cache.tail is None else torch.cat((cache.tail, x), dim=1)
+        cache.tail = x[:, max(0, x.shape[1] - reach) :]
+        return convolve(x, self.taps)[:, seen:]
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, then scale every component: (batch, length, width) -> the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -130,8 +140,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = mixer
         self.mlp = SwiGLU(width, mlp_ratio)
-        self.mixer_norm = nn.RMSNorm(width, eps=1e-6)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mixer_norm = RMSNorm(width)
+        self.mlp_norm = RMSNorm(width)
 
     @property
     def has_fast_weights(self) -> bool:

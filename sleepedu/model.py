@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sleepedu.layers import Block, CausalAttention, FastWeightMixer, WindowCache
+from sleepedu.layers import Block, CausalAttention, FastWeightMixer, RMSNorm, WindowCache
 
 MIXERS = {"a": "attention", "g": "fast weights (gated delta rule)"}
 CARRIES = ("hidden", "inject", "embed")
@@ -96,7 +96,7 @@ class SleepLM(nn.Module):
                     config.width, heads, key_size, value_size, config.convolution, config.write_range
                 )
             self.layers.append(Block(mixer, config.width, config.mlp_ratio))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.carry == "inject":
             self.inject = nn.Linear(2 * config.width, config.width, bias=False)
