@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
     )
     watch = None if options.quiet else print_progress
-    run = experiments.run(experiment, options.device, options.runs, watch, options.examples)
+    run = experiments.run(experiment, options.device, options.runs, watch, options.examples, options.compile)
     print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
     _print_table(run.table, run.make_task().depth_name)
 
@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the run in")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="with torch.compile; where it pays, when absent"
+    )
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command.set_defaults(command=train)
 

@@ -55,7 +55,7 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             task={"nodes": 6, "hops": 3, "queries": 6}, model=SMALL, train={"steps": 300, "batch": 64}
         ),
         ("graph", "laptop"): Recipe(
-            task={"nodes": 10, "hops": 5, "queries": 10},
+            task={"nodes": 8, "hops": 4, "queries": 8},
             model={"layout": "ag"},
             train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
         ),
@@ -235,10 +235,12 @@ def run(
     directory: Path | str = OWN,
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
+    compile: bool | None = None,
 ) -> Run:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
+    compile: as in ``train``; None means where it pays, in a run of 1,000 steps or more on a CPU.
     Raises ValueError for a device that is unknown or not there, or examples below 1.
     """
     if examples < 1:
@@ -254,7 +256,9 @@ def run(
     task = experiment.make_task()
     torch.manual_seed(experiment.seed)
     model = SleepLM(experiment.model_config).to(where)
-    history = train(model, task, experiment.train_config, path, watch)
+    if compile is None:
+        compile = where.type == "cpu" and experiment.train_config.steps >= 1000
+    history = train(model, task, experiment.train_config, path, watch, compile)
     _write(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
     table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
     stored = {
@@ -263,7 +267,7 @@ def run(
         "experiment": asdict(experiment),
         "settings": experiment.settings,
         "table": {depth: asdict(accuracy) for depth, accuracy in table.items()},
-        "provenance": _provenance(model, history, where),
+        "provenance": {**_provenance(model, history, where), "compiled": compile},
         "history": asdict(history),
     }
     _write(path / "run.json", lambda partial: partial.write_text(_readable_json(stored)))

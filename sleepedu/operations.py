@@ -1,7 +1,8 @@
 """A few small operations of the layers, with their gradients written out.
 
 At the sizes of this book a training step is hundreds of small operations on small tensors, and what autograd keeps and
-revisits for each of them takes longer than the matrix products. These do the same in half as many.
+revisits for each of them takes longer than the matrix products. These do the same in half as many. A compiler merges
+small operations by itself, and does it best with the plain formula.
 """
 
 import torch
@@ -13,6 +14,8 @@ EPSILON = 1e-6  # added to the mean square, so that a vector of zeros has a norm
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Return x (..., d) divided by its root mean square, times weight (d,): the same as torch's ``rms_norm``."""
+    if torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, EPSILON)
     return _RMSNorm.apply(x, weight)
 
 
@@ -21,11 +24,16 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
 
     y_t = SiLU(sum_j taps[-1 - j] x_(t-j)), where x is zero before the first token.
     """
+    if torch.compiler.is_compiling():
+        padded = F.pad(x, (0, 0, len(taps) - 1, 0))
+        return F.silu(sum(tap * padded[:, i : i + x.shape[1]] for i, tap in enumerate(taps.unbind(0))))
     return _Convolution.apply(x, taps)
 
 
 def unit_length(x: Tensor) -> Tensor:
     """Return x (..., d) divided by its length: the same as torch's ``normalize``."""
+    if torch.compiler.is_compiling():
+        return F.normalize(x, dim=-1)
     return _UnitLength.apply(x)
 
 

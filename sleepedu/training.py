@@ -9,7 +9,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,11 +94,14 @@ def train(
     config: TrainConfig,
     directory: Path | str | None = None,
     watch: Callable[[History, TrainConfig], None] | None = None,
+    compile: bool = False,
 ) -> History:
     """Train a model on a task, end to end through its sleep, and return the history of the run.
 
     With a directory, a checkpoint is kept there while training; called again with the same settings it resumes from
     it. ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
+    compile: let ``torch.compile`` merge the blocks' small operations, which costs a minute or so at the beginning and
+    makes a step about half again as fast; where there is no compiler, training goes on without.
     Raises ValueError when the model's vocabulary is smaller than the task's, or the directory's checkpoint is of
     other settings; FloatingPointError when the loss is no longer a number.
     """
@@ -115,47 +119,61 @@ def train(
     sums, counted = torch.zeros(3, device=device), 0
     last_saved = time.perf_counter()
     model.train()
-    for step in range(first, config.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * config.rate(step)
-            optimizer.zero_grad(set_to_none=True)
-        episode = task.sample(config.batch, stream(config.seed, TRAINING, step)).to(device)
-        with torch.autocast(device.type, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
-            logits = run_episode(model, episode, config.passes)
-        loss, accuracy = score(logits.float(), episode)
-        scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
-        sums += torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
-        counted += 1
-        if (step + 1) % every and step + 1 < config.steps:
-            continue
-        mean_loss, mean_accuracy, mean_norm = (sums / counted).tolist()
-        if not math.isfinite(mean_loss + mean_norm):
-            raise FloatingPointError(
-                f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
-                f"lower learning_rate (now {config.learning_rate}) "
-                "or clip; the last checkpoint is kept"
-            )
-        history.step.append(step + 1)
-        history.loss.append(round(mean_loss, 5))
-        history.accuracy.append(round(mean_accuracy, 5))
-        history.seconds.append(round(time.perf_counter() - started, 2))
-        sums.zero_()
-        counted = 0
-        if watch is not None:
-            watch(history, config)
-        if checkpoint is not None and time.perf_counter() - last_saved > 20 and step + 1 < config.steps:
-            checkpoint.save(step + 1, history)
-            last_saved = time.perf_counter()
+    with _compiled_blocks(model) if compile else nullcontext():
+        for step in range(first, config.steps):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * config.rate(step)
+                optimizer.zero_grad(set_to_none=True)
+            episode = task.sample(config.batch, stream(config.seed, TRAINING, step)).to(device)
+            with torch.autocast(
+                device.type, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)
+            ):
+                logits = run_episode(model, episode, config.passes)
+            loss, accuracy = score(logits.float(), episode)
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
+            sums += torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
+            counted += 1
+            if (step + 1) % every and step + 1 < config.steps:
+                continue
+            mean_loss, mean_accuracy, mean_norm = (sums / counted).tolist()
+            if not math.isfinite(mean_loss + mean_norm):
+                raise FloatingPointError(
+                    f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
+                    f"lower learning_rate (now {config.learning_rate}) "
+                    "or clip; the last checkpoint is kept"
+                )
+            history.step.append(step + 1)
+            history.loss.append(round(mean_loss, 5))
+            history.accuracy.append(round(mean_accuracy, 5))
+            history.seconds.append(round(time.perf_counter() - started, 2))
+            sums.zero_()
+            counted = 0
+            if watch is not None:
+                watch(history, config)
+            if checkpoint is not None and time.perf_counter() - last_saved > 20 and step + 1 < config.steps:
+                checkpoint.save(step + 1, history)
+                last_saved = time.perf_counter()
     model.eval()
     return history
+
+
+@contextmanager
+def _compiled_blocks(model: SleepLM) -> Iterator[None]:
+    """Run the model's passes through torch.compile meanwhile: the same numbers, to rounding, from fewer operations."""
+    with torch._dynamo.config.patch(suppress_errors=True):  # where it cannot compile, it runs what it was given
+        model.blocks = torch.compile(model.blocks, dynamic=False)
+        try:
+            yield
+        finally:
+            del model.blocks  # the method of the class is there again
 
 
 def score(logits: Tensor, episode: Episode) -> tuple[Tensor, Tensor]:
