@@ -22,7 +22,7 @@ import torch
 from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
-from sleepedu.training import Checkpoint, History, TrainConfig, first_line, parameter_count, train
+from sleepedu.training import Checkpoint, History, TrainConfig, can_compile, first_line, parameter_count, train
 
 VERSION = 1  # of the run format; a run of another version is refused
 SIZES = ("smoke", "laptop", "paper")
@@ -240,7 +240,7 @@ def run(
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
-    compile: as in ``train``; None means where it pays, in a run of 1,000 steps or more on a CPU.
+    compile: as in ``train``; None means where it can and pays, in a run of 1,000 steps or more on a CPU.
     Raises ValueError for a device that is unknown or not there, or examples below 1.
     """
     if examples < 1:
@@ -257,7 +257,7 @@ def run(
     torch.manual_seed(experiment.seed)
     model = SleepLM(experiment.model_config).to(where)
     if compile is None:
-        compile = where.type == "cpu" and experiment.train_config.steps >= 1000
+        compile = where.type == "cpu" and experiment.train_config.steps >= 1000 and can_compile(where)
     history = train(model, task, experiment.train_config, path, watch, compile)
     _write(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
     table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)

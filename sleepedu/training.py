@@ -4,11 +4,14 @@ A run depends on its settings and seed alone: batch i is drawn from a generator 
 the same data in the same order, and a run that was interrupted goes on exactly where it stood.
 """
 
+import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -119,6 +122,9 @@ def train(
     sums, counted = torch.zeros(3, device=device), 0
     last_saved = time.perf_counter()
     model.train()
+    if compile and not can_compile(device):
+        warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=2)
+        compile = False
     with _compiled_blocks(model) if compile else nullcontext():
         for step in range(first, config.steps):
             for optimizer in optimizers:
@@ -165,10 +171,19 @@ def train(
     return history
 
 
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
+
+
 @contextmanager
 def _compiled_blocks(model: SleepLM) -> Iterator[None]:
     """Run the model's passes through torch.compile meanwhile: the same numbers, to rounding, from fewer operations."""
-    with torch._dynamo.config.patch(suppress_errors=True):  # where it cannot compile, it runs what it was given
+    # What cannot be compiled after all runs as it is.
+    with torch._dynamo.config.patch(suppress_errors=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the compiler's own
         model.blocks = torch.compile(model.blocks, dynamic=False)
         try:
             yield

@@ -10,7 +10,17 @@ import torch
 from sleepedu import experiments, training
 from sleepedu.model import SleepLM
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
-from sleepedu.training import TESTING, TRAINING, Checkpoint, TrainConfig, make_optimizers, score, stream, train
+from sleepedu.training import (
+    TESTING,
+    TRAINING,
+    Checkpoint,
+    TrainConfig,
+    can_compile,
+    make_optimizers,
+    score,
+    stream,
+    train,
+)
 
 TASK = GraphRetrieval(nodes=4, hops=2, queries=3)
 CONFIG = TrainConfig(passes=2, steps=12, batch=4, warmup=3)
@@ -274,3 +284,22 @@ def test_the_smoke_run_of_graph_retrieval_learns():
     )
     assert history.loss[0] > history.majority_loss
     assert history.loss[-1] < history.majority_loss - 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no C++ compiler here")
+def test_compiled_training_gives_the_same_losses(make_model):
+    config = replace(CONFIG, steps=3)  # Muon computes in bfloat16, and what was rounding grows from step to step
+    plain, compiled = make_model("g"), make_model("g")
+    compiled.load_state_dict(plain.state_dict())
+    losses = train(plain, TASK, config).loss
+    assert train(compiled, TASK, config, compile=True).loss == pytest.approx(losses, abs=1e-4)
+    assert "blocks" not in vars(compiled), "after training the model runs its own blocks again"
+
+
+def test_without_a_compiler_training_says_so_and_goes_on(make_model, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.warns(UserWarning, match="no compiler"):
+        history = train(make_model("g"), TASK, replace(CONFIG, steps=2), compile=True)
+    assert len(history.loss) == 2
