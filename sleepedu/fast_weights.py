@@ -90,66 +90,105 @@ def gated_delta_chunked(
     _check(q, k, v, log_a, b, S)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    pieces = max(1, round(q.shape[2] / chunk))
+    if pieces == 1:
+        return _Chunk.apply(q, k, v, log_a, b, S)
     outputs = []
-    for start in range(0, q.shape[2], chunk):
-        piece = slice(start, start + chunk)
-        o, S = _Chunk.apply(*(tensor[:, :, piece] for tensor in (q, k, v, log_a, b)), S)
+    for piece in zip(*(tensor.tensor_split(pieces, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
+        o, S = _Chunk.apply(*piece, S)
         outputs.append(o)
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)), S
+    return torch.cat(outputs, dim=2), S
 
 
 class _Chunk(torch.autograd.Function):
     """One chunk of ``gated_delta_chunked``, with its gradient written out: the same system, transposed.
 
-    Autograd would find the same gradient, in about twice the time: it keeps and revisits every (t, i) matrix.
+    Autograd would find the same gradient, in several times the time: it keeps and revisits every (t, i) matrix. On a
+    CPU the batch is taken a slab at a time, so that what one step leaves is still in the core's cache for the next.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, b, S):
-        length = q.shape[2]
-        # Sums of logarithms in double precision: after strong forgetting, differences of large sums must stay exact.
-        g = log_a.double().cumsum(-1)
-        decay = (g[..., :, None] - g[..., None, :]).to(q.dtype)  # (b, h, t, i): e^(g_t - g_i), zero for i > t
-        past = torch.ones(length, length, dtype=q.dtype, device=q.device).tril()
-        decay.clamp_(max=0).exp_().mul_(past)
-        e = g.exp().to(q.dtype)[..., None]  # (b, h, t, 1): e^(g_t)
-        b = b[..., None]
-        kk = k @ k.mT
-        kS = k @ S.mT  # (b, h, t, d_v)
-        qS = q @ S.mT
-        A = (kk * decay).mul_(b)  # its diagonal is ignored by the solver
-        news = torch.addcmul(v, e, kS, value=-1)  # what the memory of before the chunk gets wrong
-        u = torch.linalg.solve_triangular(A, b * news, upper=False, unitriangular=True)
-        M = (q @ k.mT).mul_(decay)
-        o = torch.addcmul(M @ u, e, qS)
-        to_end = decay[..., -1, :, None] * k
-        ctx.save_for_backward(q, k, b, S, decay, e, kk, kS, qS, A, news, u, M, to_end)
-        return o, torch.addcmul(u.mT @ to_end, e[..., -1:, :], S)
+        o, S_end = q.new_empty(v.shape), torch.empty_like(S, memory_format=torch.contiguous_format)
+        saved = []
+        ctx.slabs = _slabs(S, q.shape[2])
+        for slab in ctx.slabs:
+            given = (tensor[slab] for tensor in (q, k, v, log_a, b, S))
+            saved += _forward(*given, o[slab].flatten(0, 1), S_end[slab].flatten(0, 1))
+        ctx.save_for_backward(*saved)
+        return o, S_end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS_end):
-        q, k, b, S, decay, e, kk, kS, qS, A, news, u, M, to_end = ctx.saved_tensors
-        du = M.mT @ do + to_end @ dS_end.mT
-        dr = torch.linalg.solve_triangular(A.mT, du, upper=True, unitriangular=True)
-        dv = b * dr
-        e_do, dkS = e * do, -e * dv
-        dM = do @ u.mT
-        dA = -(dr @ u.mT)
-        dA.diagonal(dim1=-2, dim2=-1).zero_()
-        dg = (dM * M).addcmul_(dA, A)  # the part of every e^(g_t - g_i)
-        dg = dg.sum(-1) - dg.sum(-2) + (e_do * qS).sum(-1) + (dkS * kS).sum(-1)
-        dqk, dkk_b = dM.mul_(decay), dA.mul_(decay)
-        db = (dr * news).sum(-1) + (dkk_b * kk).sum(-1)
-        dkk = dkk_b.mul_(b)
-        u_dS = u @ dS_end
-        ending = (to_end * u_dS).sum(-1)  # the part of every e^(g_C - g_i)
-        dg -= ending
-        dg[..., -1] += ending.sum(-1) + (e[..., -1, :] * (S * dS_end).sum(-1)).sum(-1)
-        dq = e_do @ S + dqk @ k
-        dk = dkS @ S + dqk.mT @ q + (dkk + dkk.mT) @ k + decay[..., -1, :, None] * u_dS
-        dS = torch.addcmul(e_do.mT @ q + dkS.mT @ k, e[..., -1:, :], dS_end)
-        return dq, dk, dv, dg.flip(-1).cumsum(-1).flip(-1), db, dS
+        saved = ctx.saved_tensors
+        each = len(saved) // len(ctx.slabs)
+        batch, heads, length, d_v = do.shape
+        d_k = dS_end.shape[-1]
+        shapes = [(length, d_k), (length, d_k), (length, d_v), (length,), (length,), (d_v, d_k)]
+        gradients = [do.new_empty(batch, heads, *shape) for shape in shapes]
+        for number, slab in enumerate(ctx.slabs):
+            out = (gradient[slab].flatten(0, 1) for gradient in gradients)
+            kept = saved[number * each : (number + 1) * each]
+            _backward(*kept, do[slab].flatten(0, 1), dS_end[slab].flatten(0, 1), *out)
+        return tuple(gradients)
+
+
+def _slabs(S: Tensor, length: int, numbers: int = 2**18) -> list[slice]:
+    """Return slices of the batch with about ``numbers`` numbers in S or in the (t, i) matrices; one slice on a GPU."""
+    batch, heads, d_v, d_k = S.shape
+    size = batch
+    if S.device.type == "cpu":
+        size = max(1, numbers // (heads * max(d_v * d_k, length * length)))
+    return [slice(start, start + size) for start in range(0, batch, size)]
+
+
+def _forward(q, k, v, log_a, b, S, o, S_end):
+    """Write what one slab reads and remembers into o and S_end; return what the gradient needs."""
+    q, k, v, log_a, S = (tensor.flatten(0, 1) for tensor in (q, k, v, log_a, S))  # (n, ...): sequences x heads
+    b = b.flatten(0, 1)[..., None]
+    length = q.shape[1]
+    # Sums of logarithms in double precision: after strong forgetting, differences of large sums must stay exact.
+    g = log_a.double().cumsum(-1)
+    past = torch.ones(length, length, dtype=q.dtype, device=q.device).tril_()
+    decay = (g[:, :, None] - g[:, None, :]).to(q.dtype)
+    decay.clamp_(max=0).exp_().mul_(past)  # (n, t, i): e^(g_t - g_i), zero for i > t
+    e = g.exp().to(q.dtype)[..., None]  # (n, t, 1): e^(g_t)
+    K = torch.bmm(k, k.mT).mul_(decay)
+    A = K * b  # the solver takes its diagonal for ones
+    M = torch.bmm(q, k.mT).mul_(decay)
+    kS, qS = torch.bmm(k, S.mT), torch.bmm(q, S.mT)
+    news = torch.addcmul(v, e, kS, value=-1)  # what S_0 gets wrong
+    u = torch.linalg.solve_triangular(A, b * news, upper=False, unitriangular=True)
+    torch.mul(e, qS, out=o).baddbmm_(M, u)
+    to_end = decay[:, -1, :, None] * k
+    torch.mul(e[:, -1:], S, out=S_end).baddbmm_(u.mT, to_end)
+    return q, k, b, S, decay, e, K, A, M, kS, qS, news, u, to_end
+
+
+def _backward(q, k, b, S, decay, e, K, A, M, kS, qS, news, u, to_end, do, dS_end, dq, dk, dv, dlog_a, db, dS):
+    """Write the gradients of one slab into dq, dk, dv, dlog_a, db and dS."""
+    do, ends = do.contiguous(), e[:, -1:]
+    du = torch.bmm(to_end, dS_end.mT).baddbmm_(M.mT, do)
+    dr = torch.linalg.solve_triangular(A.mT, du, upper=True, unitriangular=True)  # of b news
+    torch.mul(dr, b, out=dv)
+    dqS, dkS = do * e, dv * -e
+    dM, dA = torch.bmm(do, u.mT), torch.bmm(dr, u.mT).neg_()
+    dA.diagonal(dim1=-2, dim2=-1).zero_()
+    part = dA * K
+    torch.add((dr * news).sum(-1), part.sum(-1), out=db)
+    part = part.mul_(b).addcmul_(dM, M)  # of every e^(g_t - g_i)
+    u_dS = torch.bmm(u, dS_end)
+    ending = (to_end * u_dS).sum(-1)  # of every e^(g_C - g_i)
+    dg = part.sum(-1) - part.sum(-2) + (dqS * qS).addcmul_(dkS, kS).sum(-1) - ending
+    dg[:, -1] += ending.sum(-1) + ends.flatten() * (S * dS_end).sum((1, 2))
+    torch.sub(dg.sum(-1, keepdim=True), dg.cumsum(-1) - dg, out=dlog_a)
+    dM.mul_(decay)
+    dA.mul_(decay).mul_(b)
+    torch.bmm(dqS, S, out=dq).baddbmm_(dM, k)
+    torch.bmm(dkS, S, out=dk).baddbmm_(dM.mT, q).baddbmm_(dA + dA.mT, k)
+    dk.addcmul_(decay[:, -1, :, None], u_dS)
+    torch.mul(dS_end, ends, out=dS).baddbmm_(dqS.mT, q).baddbmm_(dkS.mT, k)
 
 
 def outer(v: Tensor, k: Tensor) -> Tensor:
