@@ -72,6 +72,7 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6, 7, 8)},
             model={"layout": "ag", "positions": 12},
             train={"steps": 2500, "batch": 64},
+            learning_rates={4: 0.005},
         ),
         # 512 x 100 tokens a step: 5 billion tokens.
         ("rule110", "paper"): Recipe(
