@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 
+from sleepedu import distributed
 from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
@@ -237,11 +238,12 @@ def run(
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
     compile: bool | None = None,
-) -> Run:
+) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
     compile: as in ``train``; None means where it can and pays, in a run of 1,000 steps or more on a CPU.
+    Under ``torchrun`` all ranks train together; the first then evaluates and stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples below 1.
     """
     if examples < 1:
@@ -255,11 +257,15 @@ def run(
     path = Path(directory) / experiment.name
     where = find_device(device)
     task = experiment.make_task()
-    torch.manual_seed(experiment.seed)
-    model = SleepLM(experiment.model_config).to(where)
     if compile is None:
         compile = where.type == "cpu" and experiment.train_config.steps >= 1000 and can_compile(where)
-    history = train(model, task, experiment.train_config, path, watch, compile)
+    with distributed.process_group(where):
+        torch.manual_seed(experiment.seed)
+        model = SleepLM(experiment.model_config).to(where)
+        history = train(model, task, experiment.train_config, path, watch, compile)
+        ranks = distributed.ranks()
+    if not distributed.is_first():
+        return None
     _write(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
     table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
     stored = {
@@ -268,7 +274,7 @@ def run(
         "experiment": asdict(experiment),
         "settings": experiment.settings,
         "table": {depth: asdict(accuracy) for depth, accuracy in table.items()},
-        "provenance": {**_provenance(model, history, where), "compiled": compile},
+        "provenance": {**_provenance(model, history, where, compile and can_compile(where)), "ranks": ranks},
         "history": asdict(history),
     }
     _write(path / "run.json", lambda partial: partial.write_text(_readable_json(stored)))
@@ -333,7 +339,8 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def _provenance(model: SleepLM, history: History, device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a measurement has to say about where and when it was made: machine, versions, commit, time."""
     return {
         "device": device.type,
         "processor": _processor(device),
@@ -343,6 +350,13 @@ def _provenance(model: SleepLM, history: History, device: torch.device) -> dict[
         "numpy": numpy.__version__,
         "commit": _commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _provenance(model: SleepLM, history: History, device: torch.device, compiled: bool) -> dict[str, Any]:
+    return {
+        **machine(device),
+        "compiled": compiled,
         "seconds": history.seconds[-1],
         "tokens": history.step[-1] * history.tokens_per_step,
         "parameters": parameter_count(model.parameters()),

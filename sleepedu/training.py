@@ -1,7 +1,8 @@
 """Training through the sleep, end to end: Muon for hidden matrices, AdamW for the rest.
 
 A run depends on its settings and seed alone: batch i is drawn from a generator seeded by (seed, i), so every N sees
-the same data in the same order, and a run that was interrupted goes on exactly where it stood.
+the same data in the same order, and a run that was interrupted goes on exactly where it stood. Under ``torchrun`` the
+ranks share each of these batches among them, and the result is the same to rounding.
 """
 
 import importlib.util
@@ -16,11 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from sleepedu import distributed
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
 from sleepedu.tasks.base import UNSCORED, Episode, Task
@@ -103,19 +107,28 @@ def train(
 
     With a directory, a checkpoint is kept there while training; called again with the same settings it resumes from
     it. ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
+    Inside ``distributed.process_group`` all ranks train together, and only the first keeps checkpoints and watches.
     compile: let ``torch.compile`` merge the blocks' small operations, which costs a minute or so at the beginning and
     makes a step about half again as fast; where there is no compiler, training goes on without.
-    Raises ValueError when the model's vocabulary is smaller than the task's, or the directory's checkpoint is of
-    other settings; FloatingPointError when the loss is no longer a number.
+    Raises ValueError when the model's vocabulary is smaller than the task's, the batch does not divide among the
+    ranks, or the directory's checkpoint is of other settings; FloatingPointError when the loss is no longer a number.
     """
     if model.config.vocabulary < len(task.words):
         raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    distributed.check_batch(config.batch)
     device = model.head.weight.device
     optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    # A rank's gradients are so many times larger before they are averaged; 2^16 is where torch begins.
+    scale = 2.0**16 / distributed.ranks()
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
     history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
     checkpoint = None if directory is None else Checkpoint(Path(directory), model, optimizers, scaler, task, config)
     first = 0 if checkpoint is None else checkpoint.resume(history)
+
+    answer = _Answer(model, config.passes)
+    if distributed.ranks() > 1:
+        # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so.
+        answer = DistributedDataParallel(answer, static_graph=True)
 
     every = max(1, config.steps // 200)
     started = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
@@ -125,18 +138,20 @@ def train(
     if compile and not can_compile(device):
         warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=2)
         compile = False
-    with _compiled_blocks(model) if compile else nullcontext():
+    with compiled_blocks(model) if compile else nullcontext():
         for step in range(first, config.steps):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * config.rate(step)
                 optimizer.zero_grad(set_to_none=True)
-            episode = task.sample(config.batch, stream(config.seed, TRAINING, step)).to(device)
+            batch = task.sample(config.batch, stream(config.seed, TRAINING, step))
+            episode = distributed.share(batch).to(device)
             with torch.autocast(
                 device.type, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)
             ):
-                logits = run_episode(model, episode, config.passes)
-            loss, accuracy = score(logits.float(), episode)
+                logits = answer(episode)
+            # The ranks' mean is that of the whole batch, also where one has more scored tokens than another.
+            loss, accuracy = score(logits.float(), episode, int(batch.asked.sum()) / distributed.ranks())
             scaler.scale(loss).backward()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
@@ -149,7 +164,7 @@ def train(
             counted += 1
             if (step + 1) % every and step + 1 < config.steps:
                 continue
-            mean_loss, mean_accuracy, mean_norm = (sums / counted).tolist()
+            mean_loss, mean_accuracy, mean_norm = distributed.mean(sums / counted).tolist()
             if not math.isfinite(mean_loss + mean_norm):
                 raise FloatingPointError(
                     f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
@@ -162,6 +177,8 @@ def train(
             history.seconds.append(round(time.perf_counter() - started, 2))
             sums.zero_()
             counted = 0
+            if not distributed.is_first():
+                continue
             if watch is not None:
                 watch(history, config)
             if checkpoint is not None and time.perf_counter() - last_saved > 20 and step + 1 < config.steps:
@@ -179,26 +196,42 @@ def can_compile(device: torch.device) -> bool:
 
 
 @contextmanager
-def _compiled_blocks(model: SleepLM) -> Iterator[None]:
+def compiled_blocks(model: SleepLM) -> Iterator[None]:
     """Run the model's passes through torch.compile meanwhile: the same numbers, to rounding, from fewer operations."""
-    # What cannot be compiled after all runs as it is.
-    with torch._dynamo.config.patch(suppress_errors=True), warnings.catch_warnings():
+    # What cannot be compiled after all runs as it is. The blocks run many times before gradients are averaged, so
+    # there is nothing to split them for (optimize_ddp).
+    with torch._dynamo.config.patch(suppress_errors=True, optimize_ddp=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the compiler's own
         model.blocks = torch.compile(model.blocks, dynamic=False)
         try:
             yield
         finally:
-            del model.blocks  # the method of the class is there again
+            vars(model).pop("blocks", None)  # the method of the class is there again
+            torch._dynamo.reset()  # it compiles a function for so many models and then no more
 
 
-def score(logits: Tensor, episode: Episode) -> tuple[Tensor, Tensor]:
+class _Answer(nn.Module):
+    """An episode's logits as a module's forward: the one call whose gradients DistributedDataParallel averages."""
+
+    def __init__(self, model: SleepLM, passes: int):
+        super().__init__()
+        self.model, self.passes = model, passes
+
+    def forward(self, episode: Episode) -> Tensor:
+        return run_episode(self.model, episode, self.passes)
+
+
+def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, Tensor]:
     """Return the masked cross-entropy (nats a scored token) and the share of scored tokens that are right.
 
-    logits: (b, p, V) for the episode's prompt.
+    logits: (b, p, V) for the episode's prompt. count: scored tokens to divide by; 0 means those of the episode.
     """
     asked = episode.asked
     logits, targets = logits[asked], episode.targets[asked]
-    return F.cross_entropy(logits, targets), (logits.detach().argmax(-1) == targets).float().mean()
+    count = count or len(targets)
+    right = (logits.detach().argmax(-1) == targets).sum()
+    # Sums, because a rank's rows may have no scored token, and the mean of nothing is no number.
+    return F.cross_entropy(logits, targets, reduction="sum") / count, right / count
 
 
 def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -251,7 +284,8 @@ class Checkpoint:
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         settings = {"task": asdict(task), "model": asdict(model.config), "train": asdict(config)}
         self.settings = json.dumps(settings, sort_keys=True)
-        directory.mkdir(parents=True, exist_ok=True)
+        if distributed.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, history: History) -> None:
         state = {
@@ -268,17 +302,9 @@ class Checkpoint:
 
     def resume(self, history: History) -> int:
         """Load what is there into model, optimizers and history; return the step to go on from."""
-        if not self.path.exists():
+        state = distributed.from_first(self._read)
+        if state is None:
             return 0
-        try:
-            state = torch.load(self.path, map_location=self.model.head.weight.device, weights_only=True)
-            settings = state["settings"]
-        except Exception as error:  # torch raises whatever the broken bytes lead it to
-            raise ValueError(
-                f"{self.path} is not a whole checkpoint ({first_line(error)}): delete it to start anew"
-            ) from error
-        if settings != self.settings:
-            raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -286,6 +312,20 @@ class Checkpoint:
         for name, value in state["history"].items():
             setattr(history, name, value)
         return state["step"]
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings = state["settings"]
+        except Exception as error:  # torch raises whatever the broken bytes lead it to
+            raise ValueError(
+                f"{self.path} is not a whole checkpoint ({first_line(error)}): delete it to start anew"
+            ) from error
+        if settings != self.settings:
+            raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
+        return state
 
 
 def print_progress(history: History, config: TrainConfig) -> None:
