@@ -1,4 +1,4 @@
-"""The command line: ``python -m sleepedu train | evaluate | results``.
+"""The command line: ``python -m sleepedu train | evaluate | results | bench``.
 
 Wrong input gives one line on stderr and exit code 2; an interrupted training run resumes with the same command.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import experiments
+from sleepedu import benchmark, distributed, experiments
 from sleepedu.evaluation import Table, accuracy_by_depth
 from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
@@ -33,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"sleepedu: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
-        print("\nsleepedu: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        if distributed.first_to_fail():
+            print("\nsleepedu: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception:
+        if distributed.first_to_fail():
+            raise
+        return 2  # of another rank's error, which that rank has told
     return 0
 
 
@@ -54,6 +58,8 @@ def train(options: argparse.Namespace) -> None:
     )
     watch = None if options.quiet else print_progress
     run = experiments.run(experiment, options.device, options.runs, watch, options.examples, options.compile)
+    if run is None:  # the first rank has the rest to do
+        return
     print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
     _print_table(run.table, run.make_task().depth_name)
 
@@ -80,6 +86,21 @@ def results(options: argparse.Namespace) -> None:
         print(f"{run.name:40s} {by_depth}")
 
 
+def bench(options: argparse.Namespace) -> None:
+    device = experiments.find_device(options.device)
+    figures = benchmark.bench(device, tuple(options.only), lambda line: print(line, file=sys.stderr))
+    if options.json:
+        print(json.dumps(figures, indent=1))
+        return
+    print(f"{figures['machine']['processor']}, {figures['machine']['threads']} threads; milliseconds, median of rounds")
+    for part in options.only:
+        print(f"\n{part}")
+        for row in figures[part]:
+            # A timing is its median; everything else is shown as it is, but for the spread, which --json has.
+            shown = {name: value["ms"] if isinstance(value, dict) else value for name, value in row.items()}
+            print("  " + "  ".join(f"{k} {v}" for k, v in shown.items() if k not in ("low", "high", "rounds")))
+
+
 def _rows(table: Table) -> dict[str, dict]:
     return {str(depth): asdict(accuracy) for depth, accuracy in table.items()}
 
@@ -92,8 +113,14 @@ def _print_table(table: Table, depth_name: str) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        raise SystemExit(_fail(message))
+
+
+def _fail(message: str) -> int:
+    """Say what is wrong, of several ranks only once, and return the exit code."""
+    if distributed.first_to_fail():
         print(f"sleepedu: {message}", file=sys.stderr)
-        raise SystemExit(2)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--runs", type=Path, help="folder of runs; the committed ones when absent")
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=results)
+
+    command = commands.add_parser("bench", help="measure what sleep costs on this machine")
+    command.add_argument("--only", nargs="+", default=list(benchmark.PARTS), metavar="PART", help="a part or more")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(command=bench)
     return parser
 
 

@@ -51,9 +51,10 @@ class CausalAttention(nn.Module):
         if cache is not None:
             if seen:
                 k, v = torch.cat((cache.keys, k), dim=2), torch.cat((cache.values, v), dim=2)
-                mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
+                if x.shape[1] > 1:  # a single token may see all that there is
+                    mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
             cache.keys, cache.values = k, v
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
         return self.out(rearrange(o, "b h l d -> b l (h d)"))
 
 

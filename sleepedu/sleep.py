@@ -12,8 +12,10 @@
 The first pass of a sleep is the reading itself, so N = 1 is the plain hybrid. Gradients flow through all of it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,10 +79,12 @@ def sleep(
     S: FastWeights | None = None,
     passes: int = 1,
     trace: SleepTrace | None = None,
+    recompute: bool = False,
 ) -> FastWeights:
     """Sleep on one full window: N recurrent passes over it, of which only the fast weights remain.
 
     tokens: (b, l) of the window. S: the fast weights so far, empty when None. passes: N, at least 1.
+    recompute: as in ``run_episode``.
     Raises ValueError for N < 1, tokens outside the vocabulary or an S that does not fit. Algorithm 1, consolidation.
     """
     check_passes(passes)
@@ -89,24 +93,83 @@ def sleep(
     if trace is not None:
         trace.S.append([tuple(matrix.detach() for matrix in S)])
         trace.h.append([])
-    h, S = _one_pass(model, embedding, S, trace)
-    return _sleep_on(model, h, embedding, S, passes - 1, trace)
+    return _run_passes(model, None, embedding, S, passes, trace, recompute)
 
 
-def _sleep_on(
-    model: SleepLM, h: Tensor, embedding: Tensor, S: FastWeights, passes: int, trace: SleepTrace | None = None
+def _run_passes(
+    model: SleepLM,
+    h: Tensor | None,
+    embedding: Tensor,
+    S: FastWeights,
+    passes: int,
+    trace: SleepTrace | None = None,
+    recompute: bool = False,
 ) -> FastWeights:
-    """Run the passes of a sleep that follow the reading of the window."""
+    """Run passes of a sleep over one window; h is what the pass before them left, None when there was none."""
     for _ in range(passes):
-        h, S = _one_pass(model, model.carry(h, embedding), S, trace)
+        with nullcontext() if trace is None else trace._watch(model):
+            h, S = _one_pass(model, h, embedding, S, recompute)
     return S
 
 
-def _one_pass(model: SleepLM, h: Tensor, S: FastWeights, trace: SleepTrace | None) -> tuple[Tensor, FastWeights]:
-    if trace is None:
-        return model.blocks(h, S)
-    with trace._watch(model):
-        return model.blocks(h, S)
+def _one_pass(
+    model: SleepLM, h: Tensor | None, embedding: Tensor, S: FastWeights, recompute: bool
+) -> tuple[Tensor, FastWeights]:
+    first = h is None
+
+    def run(h: Tensor | None, embedding: Tensor, *S: Tensor) -> tuple[Tensor, ...]:
+        h, S = model.blocks(embedding if first else model.carry(h, embedding), S)
+        return h, *S
+
+    if recompute:
+        used = model.layers if first else model  # what else there is gets its gradient elsewhere, or (inject) none
+        parameters = [parameter for parameter in used.parameters() if parameter.requires_grad]
+        entering = (embedding if first else h, embedding, *S)
+        h, *S = _Recomputed.apply(run, len(entering), *entering, *parameters)
+    else:
+        h, *S = run(h, embedding, *S)
+    return h, tuple(S)
+
+
+class _Recomputed(torch.autograd.Function):
+    """``run(*entering)`` that keeps nothing but what enters it and, when its gradient is asked for, runs again.
+
+    ``torch.utils.checkpoint`` without its generality, and without a graph in its first run: that one leaves the heap
+    of a CPU full of holes between the tensors that are kept, more than twice the memory in all.
+    """
+
+    @staticmethod
+    def forward(ctx, run, entering, *tensors):
+        """Run on the first ``entering`` of the tensors; the others are the parameters that run uses."""
+        ctx.run, ctx.entering = run, entering
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        device = tensors[0].device.type
+        # No cache: a parameter's copy made here, without a graph, would be used outside too, and lose its gradient.
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+            "cache_enabled": False,
+        }
+        with torch.autocast(**ctx.autocast):
+            return run(*tensors[:entering])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        tensors = ctx.saved_tensors
+        entering = [tensor.detach().requires_grad_() for tensor in tensors[: ctx.entering]]
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            leaving = ctx.run(*entering)
+        used = [(x, gradient) for x, gradient in zip(leaving, gradients, strict=True) if gradient is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in used],
+            [*entering, *tensors[ctx.entering :]],
+            [gradient for _, gradient in used],
+            allow_unused=True,
+        )
+        return None, None, *found
 
 
 def wake(model: SleepLM, prompt: Tensor, S: FastWeights) -> Tensor:
@@ -118,15 +181,19 @@ def wake(model: SleepLM, prompt: Tensor, S: FastWeights) -> Tensor:
     return model.out(h)
 
 
-def run_episode(model: SleepLM, episode: Episode, passes: int, trace: SleepTrace | None = None) -> Tensor:
+def run_episode(
+    model: SleepLM, episode: Episode, passes: int, trace: SleepTrace | None = None, recompute: bool = False
+) -> Tensor:
     """Sleep on the episode's windows, one after the other, then answer its prompt: logits (b, p, V). Algorithm 1.
 
+    recompute: for the gradient, keep only the h and S that enter each pass and compute the rest again when its turn
+    comes; the gradient is the same, for about a third more time.
     Raises ValueError for N < 1 or tokens outside the vocabulary.
     """
     check_passes(passes)
     S = model.empty_fast_weights(len(episode))
     for tokens in episode.windows.unbind(1):
-        S = sleep(model, tokens, S, passes, trace)
+        S = sleep(model, tokens, S, passes, trace, recompute)
     return wake(model, episode.prompt, S)
 
 
@@ -136,11 +203,37 @@ def check_passes(passes: int) -> None:
         raise ValueError(f"passes (N) must be a whole number of at least 1, got {passes!r}")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How far the reading of a stream has come: what ``Session.read_stream`` reports.
+
+    tokens and seconds since it began; speed: tokens a second since the report before, in the last one over all of it;
+    number: of the report, from 1; finished: whether it is the last.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    speed: float = 0.0
+    number: int = 0
+    finished: bool = False
+
+
+def print_reading(reading: Reading) -> None:
+    """Show a report in one line: rewritten in place in a terminal, ever more rarely in a notebook or a log."""
+    in_place = sys.stdout.isatty()
+    if not in_place and not reading.finished and reading.number & (reading.number - 1):
+        return  # all but numbers 1, 2, 4, 8, ...
+    line = f"{reading.tokens:,} tokens read in {reading.seconds:.0f} s, {reading.speed:,.0f} tokens a second"
+    end = "" if in_place and not reading.finished else "\n"
+    print(f"\r{line:<80}" if in_place else line, end=end, flush=True)
+
+
 class Session:
     """Streaming use of a sleeping model: read tokens in pieces of any size, sleep when the window is full, answer.
 
-    window: L, tokens that attention can hold. passes: N. batch: sequences read side by side.
-    ``S`` is the fast weights, ``tokens_read`` and ``sleeps`` count. Raises ValueError for a window or N below 1.
+    window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. However much it reads,
+    it keeps no more than one window and S. ``S`` is the fast weights, ``tokens_read`` and ``sleeps`` count.
+    Raises ValueError for a window or N below 1.
     """
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):
@@ -161,33 +254,81 @@ class Session:
         return self.window - self._filled
 
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:
         """Read tokens (batch, n), sleeping whenever the window is full; return their logits (batch, n, V).
 
+        logits=False: compute none and return None.
         Raises ValueError for another batch size or tokens outside the vocabulary; nothing has been read then.
         """
-        self._check_batch(tokens)
-        self.model.check_tokens(tokens)
-        logits = [self.model.out(self.model.embed(tokens[:, :0]))]
+        self._check(tokens)
+        if not self.room:
+            self.sleep()  # an interrupt kept the last one from ending
+        answers = []
         while tokens.shape[1]:
             piece, tokens = tokens[:, : self.room], tokens[:, self.room :]
             embedding = self.model.embed(piece, self._filled)
-            h, self.S = self.model.blocks(embedding, self.S, self._cache)
-            logits.append(self.model.out(h))
-            self._read.append((h, embedding))
+            cache = [replace(layer) for layer in self._cache]  # so that an interrupted pass has changed nothing
+            h, S = self.model.blocks(embedding, self.S, cache)
+            self.S, self._cache = S, cache
+            if self.passes > 1:
+                self._read.append((h, embedding))
             self._filled += piece.shape[1]
             self.tokens_read += piece.shape[1]
+            if logits:
+                answers.append(self.model.out(h))
             if not self.room:
                 self.sleep()
-        return torch.cat(logits, dim=1)
+        if not logits:
+            return None
+        return torch.cat(answers, dim=1) if answers else self.model.out(self.model.embed(tokens))
+
+    def read_stream(self, pieces: Iterable[Tensor], watch: Callable[[Reading], None] | None = None) -> Reading:
+        """Read a text that need not fit into memory: any iterable of pieces (batch, n). Return the last report.
+
+        The same as ``read(piece, logits=False)`` for one after the other, but at its best speed for pieces of any
+        size, and they may be on the CPU wherever the model is. ``watch`` is called with a report about once a second
+        and at the end (``print_reading`` shows a line).
+        Raises ValueError as ``read`` does, and whatever the iterable raises; the pieces before have been read then.
+        """
+        before, started = self.tokens_read, time.perf_counter()
+        report = Reading()
+        for part in self._windowfuls(pieces):
+            self.read(part, logits=False)
+            tokens, seconds = self.tokens_read - before, time.perf_counter() - started
+            if seconds - report.seconds >= 1:
+                speed = (tokens - report.tokens) / (seconds - report.seconds)
+                report = Reading(tokens, seconds, speed, report.number + 1)
+                if watch is not None:
+                    watch(report)
+        tokens, seconds = self.tokens_read - before, time.perf_counter() - started
+        report = Reading(tokens, seconds, tokens / max(seconds, 1e-9), report.number + 1, finished=True)
+        if watch is not None:
+            watch(report)
+        return report
+
+    def _windowfuls(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Join and cut pieces, so that each fills the window: one long pass is much faster than many short ones."""
+        waiting = torch.empty(self.batch, 0, dtype=torch.long, device=self.model.head.weight.device)
+        try:
+            for piece in pieces:
+                self._check(piece)
+                waiting = torch.cat((waiting, piece.to(waiting.device)), dim=1)
+                while waiting.shape[1] >= self.room:
+                    part, waiting = waiting[:, : self.room], waiting[:, self.room :]
+                    yield part
+        except Exception:
+            yield waiting  # what came before the error
+            raise
+        yield waiting
 
     @torch.no_grad()
     def sleep(self) -> None:
         """Sleep now on what the window holds, and clear it. The reading was the first of the N passes."""
         if not self._filled:
             return
-        h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
-        self.S = _sleep_on(self.model, h, embedding, self.S, self.passes - 1)
+        if self.passes > 1:
+            h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
+            self.S = _run_passes(self.model, h, embedding, self.S, self.passes - 1)
         self.sleeps += 1
         self._clear_window()
 
@@ -198,10 +339,9 @@ class Session:
         A prompt has to be seen whole: where the window has no room left for it, the session sleeps first.
         Raises ValueError for a prompt longer than the window, another batch size, or tokens outside the vocabulary.
         """
-        self._check_batch(prompt)
+        self._check(prompt)
         if prompt.shape[1] > self.window:
             raise ValueError(f"a prompt of {prompt.shape[1]} tokens does not fit a window of {self.window}")
-        self.model.check_tokens(prompt)
         if prompt.shape[1] > self.room:
             self.sleep()
         h, _ = self.model.blocks(
@@ -211,9 +351,10 @@ class Session:
 
     def _clear_window(self) -> None:
         self._cache = self.model.empty_cache()
-        self._read: list[tuple[Tensor, Tensor]] = []  # h after the first pass, and embedding, of every piece
+        self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
         self._filled = 0
 
-    def _check_batch(self, tokens: Tensor) -> None:
+    def _check(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or len(tokens) != self.batch:
             raise ValueError(f"tokens must have shape ({self.batch}, length), got {tuple(tokens.shape)}")
+        self.model.check_tokens(tokens)

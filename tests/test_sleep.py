@@ -1,13 +1,15 @@
 """Algorithm 1 against a second, plain implementation; what survives a sleep; streaming; the trace."""
 
+import gc
 import itertools
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sleepedu.model import CARRIES
-from sleepedu.sleep import Session, SleepTrace, run_episode, sleep, wake
+from sleepedu.sleep import Reading, Session, SleepTrace, print_reading, run_episode, sleep, wake
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.training import score
 
@@ -215,6 +217,233 @@ def test_session_refuses_what_does_not_fit_and_has_read_nothing_then(make_model)
             Session(model, window=window, passes=1, batch=batch)
 
 
+def stream_of(batch, *lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(11, (batch, length), generator=generator) for length in lengths]
+
+
+def assert_same_state(found, wanted, tokens):
+    """Sessions that count the same, hold the same S, and go on in the same way."""
+    for name in ("tokens_read", "sleeps", "room"):
+        assert getattr(found, name) == getattr(wanted, name), name
+    for one, other in zip(found.S, wanted.S, strict=True):
+        assert_close(one, other)
+    assert_close(found.read(tokens), wanted.read(tokens))
+
+
+@pytest.mark.parametrize("layout", ["ag", "aa"])
+@pytest.mark.parametrize("N", [1, 3])
+def test_reading_without_logits_is_reading_without_their_computation(layout, N, make_model, monkeypatch):
+    model, (tokens,) = make_model(layout), stream_of(2, 10)
+    silent, loud = (Session(model, window=4, passes=N, batch=2) for _ in range(2))
+    loud.read(tokens)
+    with monkeypatch.context() as patch:
+        patch.delattr(type(model), "out")
+        assert silent.read(tokens, logits=False) is None
+    assert_same_state(silent, loud, tokens)
+
+
+def test_reading_no_token_gives_no_logit(make_model):
+    session = Session(make_model("ag", positions=4), window=4, passes=2)
+    assert session.read(torch.zeros(1, 0, dtype=torch.long)).shape == (1, 0, 11)
+    assert session.tokens_read == 0
+
+
+@pytest.mark.parametrize("lengths", [[1] * 23, [23], [5, 0, 7, 2, 9], [4, 4], [3], []], ids=str)
+def test_a_stream_is_its_pieces(lengths, make_model):
+    model, pieces = make_model("agag", "inject"), stream_of(2, *lengths)
+    stream, plain = (Session(model, window=4, passes=2, batch=2) for _ in range(2))
+    for session in (stream, plain):
+        session.read(torch.tensor([[1], [2]]))  # the window is not empty when the stream begins
+    report = stream.read_stream(iter(pieces))
+    for piece in pieces:
+        plain.read(piece)
+    assert (report.tokens, report.finished) == (sum(lengths), True)
+    assert_same_state(stream, plain, EPISODE.prompt[:2])
+
+
+def test_a_stream_is_read_a_whole_window_at_a_time(make_model):
+    model, lengths = make_model("ag"), []
+    model.layers[0].register_forward_hook(lambda block, entering, leaving: lengths.append(entering[0].shape[1]))
+    Session(model, window=4, passes=1).read_stream(stream_of(1, *[1] * 8, 6, 1, 3))
+    assert lengths == [4, 4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_in_a_stream_comes_after_the_reading_of_what_was_before(error, make_model):
+    model, good = make_model("ag"), stream_of(1, 3, 3)
+
+    def pieces():
+        yield from good
+        if error is OSError:
+            raise OSError("the disk is gone")
+        yield torch.tensor([[1, 99]])
+
+    stream, plain = (Session(model, window=4, passes=2) for _ in range(2))
+    with pytest.raises(error, match=r"token 99 is outside|the disk is gone"):
+        stream.read_stream(pieces())
+    for piece in good:
+        plain.read(piece)
+    assert_same_state(stream, plain, good[0])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("interrupted", range(6))
+def test_an_interrupted_session_goes_on_where_it_stood(interrupted, streaming, make_model):
+    model, (tokens,) = make_model("aga"), stream_of(1, 9)
+    plain, session = (Session(model, window=4, passes=2) for _ in range(2))
+    plain.read(tokens)
+    calls = itertools.count()
+
+    def interrupt(*call):
+        if next(calls) == interrupted:
+            raise KeyboardInterrupt
+
+    hook = model.layers[1].register_forward_hook(interrupt)  # between two layers: one has a longer cache by then
+    read = (lambda piece: session.read_stream([piece])) if streaming else session.read
+    with pytest.raises(KeyboardInterrupt):
+        for piece in tokens.split([2, 7], dim=1):  # passes over 2 and 2, asleep, 4, asleep, 1
+            read(piece)
+    hook.remove()
+    read(tokens[:, session.tokens_read :])
+    assert_same_state(session, plain, tokens)
+
+
+def live_numbers():
+    """How many numbers all tensors hold that there are."""
+    gc.collect()
+    return sum(x.numel() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+
+
+def held_by(session):
+    return sum(len(value) for value in vars(session).values() if isinstance(value, list | tuple | dict))
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_long_stream_leaves_no_more_behind_than_a_short_one(N, make_model):
+    session = Session(make_model("ag"), window=8, passes=N)
+    numbers, lengths = [], []
+
+    def pieces():
+        for _ in range(60):  # 13 tokens: the window is filled to every degree
+            numbers.append(live_numbers())
+            lengths.append(held_by(session))
+            yield torch.ones(1, 13, dtype=torch.long)
+
+    session.read_stream(pieces())
+    assert session.tokens_read == 780
+    # The filling of the window comes back every 8 pieces; so must everything that is kept.
+    for kept in (numbers, lengths):
+        assert kept[8:16] == kept[-12:-4], kept
+
+
+def test_reports_come_about_once_a_second_and_at_the_end(make_model, monkeypatch):
+    session, reports, now = Session(make_model("ag"), window=4, passes=2), [], [0.0]
+    monkeypatch.setattr(sys.modules["sleepedu.sleep"].time, "perf_counter", lambda: now[0])
+
+    def pieces():
+        for piece in stream_of(1, *[4] * 10):
+            now[0] += 0.4 if session.tokens_read < 20 else 0.8
+            yield piece
+
+    last = session.read_stream(pieces(), reports.append)
+    assert [report.tokens for report in reports] == [12, 24, 32, 40, 40]
+    assert [report.number for report in reports] == [1, 2, 3, 4, 5]
+    assert_close(torch.tensor([report.speed for report in reports]), torch.tensor([10.0, 7.5, 5.0, 5.0, 20 / 3]))
+    assert last is reports[-1] and [report.finished for report in reports] == [False] * 4 + [True]
+    assert session.read_stream([]).tokens == 0
+
+
+def test_reading_is_shown_ever_more_rarely_in_a_log_and_in_place_in_a_terminal(capsys, monkeypatch):
+    reports = [Reading(1000 * n, n, 1000.0, n) for n in range(1, 12)] + [Reading(11_500, 12.4, 990.2, 12, True)]
+    for report in reports:
+        print_reading(report)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" in ")[1].split(" s,")[0] for line in lines] == ["1", "2", "4", "8", "12"]
+    assert lines[-1] == "11,500 tokens read in 12 s, 990 tokens a second"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for report in reports:
+        print_reading(report)
+    shown = capsys.readouterr().out
+    assert shown.count("\r") == 12 and shown.count("\n") == 1 and shown.endswith("\n")
+
+
+LONG = GraphRetrieval(nodes=6, hops=2, queries=3, windows=3).sample(3, torch.Generator().manual_seed(0))
+
+
+def gradients(model, N, recompute, episode=LONG, **precision):
+    """The logits, and the gradient of every parameter through a whole episode (None where there is none)."""
+    with torch.autocast("cpu", torch.bfloat16, **({"enabled": False} | precision)):
+        logits = run_episode(model, episode, N, recompute=recompute)
+    model.zero_grad()
+    score(logits.float() if precision else logits, episode)[0].backward()
+    return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize("layout", ["agag", "gaa"])
+@pytest.mark.parametrize("N", [1, 3])
+def test_recomputing_gives_the_same_gradient(carry, layout, N, make_model):
+    model = make_model(layout, carry, vocabulary=13, positions=6).double()
+    wanted_logits, wanted = gradients(model, N, recompute=False)
+    logits, found = gradients(model, N, recompute=True)
+    assert torch.equal(logits, wanted_logits)
+    for name, gradient in wanted.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert_close(found[name], gradient, 1e-6)
+
+
+def test_recomputing_gives_the_gradient_of_S_and_leaves_frozen_parameters_alone(make_model):
+    model = make_model("agag", "inject").double()
+    model.layers[0].requires_grad_(False)
+    S = [0.1 * torch.randn_like(matrix).requires_grad_() for matrix in model.empty_fast_weights(3)]
+    found = []
+    for recompute in (False, True):
+        after = sleep(model, EPISODE.windows[:, 0], tuple(S), 2, recompute=recompute)
+        inputs = [*S, *model.layers[1].parameters(), model.inject.weight, model.embedding.weight]
+        found.append(torch.autograd.grad(sum(matrix.square().sum() for matrix in after), inputs, allow_unused=True))
+    for plain, recomputed in zip(*found, strict=True):
+        assert_close(recomputed, plain, 1e-6)
+
+
+def test_recomputing_keeps_to_the_precision_of_the_first_run(make_model):
+    model = make_model("agag", vocabulary=13)
+    wanted = gradients(model, 2, recompute=False, enabled=True)[1]
+    found = gradients(model, 2, recompute=True, enabled=True)[1]
+    exact = gradients(model, 2, recompute=False)[1]
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() < 0.05 * gradient.norm(), name
+    assert any(not torch.allclose(found[name], gradient, rtol=1e-4) for name, gradient in exact.items())
+
+
+def kept_for_gradient(model, N, windows, recompute):
+    """How many numbers a forward pass keeps for its gradient, parameters not counted."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def note(tensor):
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # which also keeps the place from being used again
+        return tensor
+
+    episode = GraphRetrieval(nodes=6, hops=2, queries=3, windows=windows)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = run_episode(model, episode.sample(3, torch.Generator().manual_seed(0)), N, recompute=recompute)
+    assert logits.requires_grad
+    return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_recomputing_keeps_what_enters_a_pass_and_nothing_more(carry, make_model):
+    model = make_model("agag", carry, vocabulary=13)
+    length = {windows: GraphRetrieval(nodes=6, hops=2, queries=3, windows=windows).window for windows in (1, 2)}
+    S = 2 * 3 * 2 * 8 * 8  # two layers of (b, heads, d_v, d_k)
+    more = kept_for_gradient(model, 5, 1, True) - kept_for_gradient(model, 4, 1, True)
+    assert more == S + 3 * length[1] * 16  # one more S and one more h (b, l, w)
+    assert kept_for_gradient(model, 8, 3, True) < kept_for_gradient(model, 1, 3, False)
+    assert kept_for_gradient(model, 5, 1, False) - kept_for_gradient(model, 4, 1, False) > 10 * more
+
+
 @pytest.mark.parametrize("N", [0, -1, True, 1.5, "2", None], ids=repr)
 def test_passes_must_be_a_whole_number_of_at_least_one(N, make_model):
     model = make_model("ag")
@@ -232,6 +461,18 @@ def test_trace_changes_no_result_and_leaves_no_hook(carry, make_model):
     model, trace = make_model("agag", carry), SleepTrace()
     assert torch.equal(run_episode(model, EPISODE, 3, trace), run_episode(model, EPISODE, 3))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_trace_of_a_recomputed_episode_records_every_pass_once(make_model):
+    model, traces = make_model("agag", "inject"), [SleepTrace(), SleepTrace()]
+    for trace, recompute in zip(traces, (False, True), strict=True):
+        run_episode(model, EPISODE, 3, trace, recompute).sum().backward()
+    plain, recomputed = traces
+    for window in range(2):
+        assert len(recomputed.h[window]) == 3 and len(recomputed.S[window]) == 4
+        assert all(map(torch.equal, recomputed.h[window], plain.h[window]))
+        for S, T in zip(recomputed.S[window], plain.S[window], strict=True):
+            assert all(map(torch.equal, S, T))
 
 
 def test_trace_leaves_no_hook_after_an_error(make_model):

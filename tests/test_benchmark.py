@@ -1,0 +1,83 @@
+"""The benchmark measures what it says, at tiny sizes; how long anything takes is nobody's business here."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from sleepedu import benchmark
+from sleepedu.__main__ import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(benchmark, "RULE_SHAPES", ((2, 1, 5, 4),))
+    monkeypatch.setattr(benchmark, "WINDOWS", (4, 8))
+    monkeypatch.setattr(benchmark, "READ_BEFORE", (100, 300))
+    monkeypatch.setattr(benchmark, "PASSES", (1, 2))
+    monkeypatch.setattr(benchmark, "can_compile", lambda device: False)
+    recipes = {key: recipe for key, recipe in benchmark.RECIPES.items() if key == ("graph", "smoke")}
+    monkeypatch.setattr(benchmark, "RECIPES", recipes)
+
+
+def test_functions_run_in_turn_and_the_first_round_does_not_count():
+    calls = []
+    found = benchmark.alternately(
+        {"quick": lambda: calls.append("quick"), "slow": lambda: calls.append("slow") or time.sleep(0.02)},
+        CPU,
+        repeats=5,
+    )
+    assert calls == ["quick", "slow"] * 6
+    assert found["quick"]["rounds"] == found["slow"]["rounds"] == 5
+    assert found["quick"]["ms"] < 20 <= found["slow"]["low"] <= found["slow"]["ms"] <= found["slow"]["high"]
+
+
+def test_no_round_is_begun_after_the_given_time():
+    found = benchmark.alternately({"slow": lambda: time.sleep(0.01)}, CPU, repeats=1000, seconds=0.02)
+    assert found["slow"]["rounds"] < 20
+
+
+def test_all_parts_give_rows_with_times(tiny):
+    said = []
+    figures = benchmark.bench(CPU, tuple(benchmark.PARTS), said.append)
+    assert figures["machine"]["device"] == "cpu"
+    assert len(said) == len(benchmark.PARTS)
+    assert {(row["window"], row["passes"]) for row in figures["sleep"]} == {(4, 1), (4, 2), (8, 1), (8, 2)}
+    assert [row["passes"] for row in figures["step"]] == [1, 4]
+    for row in figures["step"]:
+        assert 0 < row["share"] < 1 and row["tokens a second"] > 0
+    assert figures["step"][1]["operations"] > 2 * figures["step"][0]["operations"]
+    for part in ("sleep", "answer"):
+        assert all(0 < row["low"] <= row["ms"] <= row["high"] for row in figures[part])
+
+
+def test_a_sleeper_holds_the_same_after_any_stream_and_a_cache_grows_with_it(tiny):
+    rows = benchmark.answer(CPU)
+    sleepers = {row["held"] for row in rows if row["model"] == "sleep"}
+    caches = {row["read"]: row["held"] for row in rows if row["model"] == "transformer"}
+    assert len(sleepers) == 1
+    assert caches[300] == 3 * caches[100]
+
+
+def test_the_peer_gives_our_numbers_where_it_is_installed(tiny):
+    for row in benchmark.rule(CPU):
+        if "peer" in row:
+            assert row["largest difference"] < 1e-4
+            assert row["ratio"] == pytest.approx(row["theirs"]["ms"] / row["ours"]["ms"], abs=0.01)
+
+
+def test_the_command_prints_lines_or_json(tiny, capsys):
+    assert main(["bench", "--only", "sleep", "--device", "cpu"]) == 0
+    assert "window 4  passes 2  ms " in capsys.readouterr().out
+    assert main(["bench", "--only", "sleep", "--device", "cpu", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["sleep"]) == 4
+    assert main(["bench", "--only", "speed"]) == 2
+    assert "'speed' is unknown" in capsys.readouterr().err
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="'speed' is unknown: use one or more of rule, step, sleep, answer"):
+        benchmark.bench(CPU, ("speed",), print)
