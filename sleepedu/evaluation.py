@@ -73,7 +73,8 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     centre = share + Z95**2 / (2 * n)
     reach = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
     scale = 1 + Z95**2 / n
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    # At the ends the two terms cancel, but for rounding, which must not leave the share itself outside.
+    return min(share, max(0.0, (centre - reach) / scale)), max(share, min(1.0, (centre + reach) / scale))
 
 
 def across_seeds(tables: list[Table]) -> Table:

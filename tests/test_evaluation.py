@@ -43,6 +43,13 @@ def cheat(monkeypatch, is_right):
     return asked
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_interval_holds_the_share_it_is_for(share):
+    for n in (7, 50, 1000, 2000):
+        low, high = wilson_interval(share, n)
+        assert low <= share <= high
+
+
 def test_every_depth_is_measured_by_itself(make_model, monkeypatch):
     cheat(monkeypatch, lambda episode: episode.depth <= 2)
     table = accuracy_by_depth(make_model(), GRAPH, passes=1, examples=50)
