@@ -145,7 +145,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         device = tensors[0].device.type
-        # No cache: a parameter's copy made here, without a graph, would be used outside too, and lose its gradient.
+        # No cache: older versions of torch would go on using a parameter's copy made here, which has no gradient.
         ctx.autocast = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),

@@ -102,6 +102,7 @@ def train(
     directory: Path | str | None = None,
     watch: Callable[[History, TrainConfig], None] | None = None,
     compile: bool = False,
+    recompute: bool = False,
 ) -> History:
     """Train a model on a task, end to end through its sleep, and return the history of the run.
 
@@ -110,6 +111,7 @@ def train(
     Inside ``distributed.process_group`` all ranks train together, and only the first keeps checkpoints and watches.
     compile: let ``torch.compile`` merge the blocks' small operations, which costs a minute or so at the beginning and
     makes a step about half again as fast; where there is no compiler, training goes on without.
+    recompute: as in ``run_episode``, much less memory for about a third more time.
     Raises ValueError when the model's vocabulary is smaller than the task's, the batch does not divide among the
     ranks, or the directory's checkpoint is of other settings; FloatingPointError when the loss is no longer a number.
     """
@@ -125,7 +127,7 @@ def train(
     checkpoint = None if directory is None else Checkpoint(Path(directory), model, optimizers, scaler, task, config)
     first = 0 if checkpoint is None else checkpoint.resume(history)
 
-    answer = _Answer(model, config.passes)
+    answer = _Answer(model, config.passes, recompute)
     if distributed.ranks() > 1:
         # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so.
         answer = DistributedDataParallel(answer, static_graph=True)
@@ -213,12 +215,12 @@ def compiled_blocks(model: SleepLM) -> Iterator[None]:
 class _Answer(nn.Module):
     """An episode's logits as a module's forward: the one call whose gradients DistributedDataParallel averages."""
 
-    def __init__(self, model: SleepLM, passes: int):
+    def __init__(self, model: SleepLM, passes: int, recompute: bool):
         super().__init__()
-        self.model, self.passes = model, passes
+        self.model, self.passes, self.recompute = model, passes, recompute
 
     def forward(self, episode: Episode) -> Tensor:
-        return run_episode(self.model, episode, self.passes)
+        return run_episode(self.model, episode, self.passes, recompute=self.recompute)
 
 
 def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, Tensor]:

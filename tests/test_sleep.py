@@ -322,19 +322,17 @@ def held_by(session):
 @pytest.mark.parametrize("N", [1, 2])
 def test_a_long_stream_leaves_no_more_behind_than_a_short_one(N, make_model):
     session = Session(make_model("ag"), window=8, passes=N)
-    numbers, lengths = [], []
+    kept = []
 
     def pieces():
-        for _ in range(60):  # 13 tokens: the window is filled to every degree
-            numbers.append(live_numbers())
-            lengths.append(held_by(session))
+        for i in range(60):
+            if i in (11, 19, 59):  # 13 tokens a piece: every 8 pieces the window is as full as before
+                kept.append((live_numbers(), held_by(session)))
             yield torch.ones(1, 13, dtype=torch.long)
 
     session.read_stream(pieces())
-    assert session.tokens_read == 780
-    # The filling of the window comes back every 8 pieces; so must everything that is kept.
-    for kept in (numbers, lengths):
-        assert kept[8:16] == kept[-12:-4], kept
+    assert (session.tokens_read, session.sleeps) == (780, 97)
+    assert kept[0] == kept[1] == kept[2]
 
 
 def test_reports_come_about_once_a_second_and_at_the_end(make_model, monkeypatch):
@@ -410,11 +408,12 @@ def test_recomputing_gives_the_gradient_of_S_and_leaves_frozen_parameters_alone(
 def test_recomputing_keeps_to_the_precision_of_the_first_run(make_model):
     model = make_model("agag", vocabulary=13)
     wanted = gradients(model, 2, recompute=False, enabled=True)[1]
+    mixed = []
+    model.layers[0].register_forward_hook(lambda *call: mixed.append(torch.is_autocast_enabled("cpu")))
     found = gradients(model, 2, recompute=True, enabled=True)[1]
-    exact = gradients(model, 2, recompute=False)[1]
+    assert mixed == [True] * (3 * 2 + 1 + 3 * 2)  # three windows, the prompt, and the windows again in the backward
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() < 0.05 * gradient.norm(), name
-    assert any(not torch.allclose(found[name], gradient, rtol=1e-4) for name, gradient in exact.items())
 
 
 def kept_for_gradient(model, N, windows, recompute):

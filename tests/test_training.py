@@ -303,3 +303,11 @@ def test_without_a_compiler_training_says_so_and_goes_on(make_model, monkeypatch
     with pytest.warns(UserWarning, match="no compiler"):
         history = train(make_model("g"), TASK, replace(CONFIG, steps=2), compile=True)
     assert len(history.loss) == 2
+
+
+def test_recomputed_training_gives_the_same_losses(make_model):
+    config = replace(CONFIG, steps=3)
+    plain, frugal = make_model("ag"), make_model("ag")
+    frugal.load_state_dict(plain.state_dict())
+    losses = train(plain, TASK, config).loss
+    assert train(frugal, TASK, config, recompute=True).loss == pytest.approx(losses, abs=1e-4)
