@@ -5,6 +5,7 @@ busy machine widens the spread before it bends a ratio. Nothing here is a test.
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,43 @@ def alternately(
         low, median, high = (round(x, 4) for x in statistics.quantiles(values, n=4))
         found[name] = {"ms": median, "low": low, "high": high, "rounds": len(values)}
     return found
+
+
+def count_operations(function: Callable[[], object]) -> int:
+    """Return the floating-point operations of a call's matrix products, a multiplication and an addition apart.
+
+    Triangular solves and attention count too, attention with its whole square; elementwise operations do not.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_COUNTS) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _product(S, a, b, **options) -> int:
+    batch, rows, inner = a
+    return 2 * batch * rows * inner * b[-1]
+
+
+def _solve(A, right, **options) -> int:
+    return math.prod(A) * right[-1]
+
+
+def _attention(q, k, v, *rest, **options) -> int:
+    batch, heads, length, size = q
+    return 2 * batch * heads * length * k[2] * (size + v[-1])
+
+
+def _attention_backward(do, q, k, v, *rest, **options) -> int:
+    return 5 * _attention(q, k, v) // 2  # five products, one of them the scores again
+
+
+# What torch's counter leaves out.
+_COUNTS = {
+    torch.ops.aten.baddbmm_: _product,
+    torch.ops.aten.linalg_solve_triangular: _solve,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 def rule(device: torch.device) -> list[Row]:
@@ -167,11 +205,9 @@ def _one_step(experiment: Experiment, product_ms: float, device: torch.device) -
         if can_compile(device):
             ways["compiled"] = partial(step_with, model.blocks)
         found = alternately(ways, device)
-    with FlopCounterMode(display=False) as counter:
-        plain()
     best = min(row["ms"] for row in found.values())
     tokens = config.batch * (task.windows * task.window + task.prompt_length)
-    operations = counter.get_total_flops()
+    operations = count_operations(plain)
     return {
         "task": experiment.task,
         "size": experiment.size,
