@@ -109,8 +109,8 @@ def train(
     With a directory, a checkpoint is kept there while training; called again with the same settings it resumes from
     it. ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
     Inside ``distributed.process_group`` all ranks train together, and only the first keeps checkpoints and watches.
-    compile: let ``torch.compile`` merge the blocks' small operations, which costs a minute or so at the beginning and
-    makes a step about half again as fast; where there is no compiler, training goes on without.
+    compile: let ``torch.compile`` merge the blocks' small operations, which costs up to a minute at the beginning and
+    makes a step about a third faster; where there is no compiler, training goes on without.
     recompute: as in ``run_episode``, much less memory for about a third more time.
     Raises ValueError when the model's vocabulary is smaller than the task's, the batch does not divide among the
     ranks, or the directory's checkpoint is of other settings; FloatingPointError when the loss is no longer a number.
