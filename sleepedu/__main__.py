@@ -18,16 +18,17 @@ from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
 from sleepedu.training import print_progress
 
+THREADS = "CPU threads; at these sizes a second one costs more than it brings, far more on a busy machine"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        threads = getattr(options, "threads", 0)
-        if threads < 0:
-            raise ValueError(f"threads must not be negative, got {threads}")
-        if threads:
-            torch.set_num_threads(threads)
+        threads = getattr(options, "threads", 1)
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
         options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
@@ -139,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--examples", type=int, default=2000, help="to evaluate on, at every depth")
     command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the run in")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument("--threads", type=int, default=1, help=THREADS)
     command.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="with torch.compile; where it pays, when absent"
     )
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=1, help="of the examples")
     command.add_argument("--examples", type=int, default=2000, help="at every depth")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument("--threads", type=int, default=1, help=THREADS)
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=evaluate)
 
@@ -163,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="measure what sleep costs on this machine")
     command.add_argument("--only", nargs="+", default=list(benchmark.PARTS), metavar="PART", help="a part or more")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice when absent")
+    command.add_argument("--threads", type=int, default=1, help=THREADS)
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=bench)
     return parser

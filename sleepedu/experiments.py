@@ -248,6 +248,7 @@ def run(
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
+    where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
     for store in (COMMITTED, Path(directory)):
         path = store / experiment.name
         if (path / "run.json").exists():
@@ -255,7 +256,6 @@ def run(
             if _fingerprint(found.settings) == experiment.fingerprint:
                 return found
     path = Path(directory) / experiment.name
-    where = find_device(device)
     task = experiment.make_task()
     if compile is None:
         compile = where.type == "cpu" and experiment.train_config.steps >= 1000 and can_compile(where)

@@ -300,3 +300,9 @@ def test_a_committed_run_scores_the_same_on_other_examples(run):
     share = right.all(1) if task.scoring == "all" else right[episode.asked].view(300, -1)
     low, high = wilson_interval(share.double().mean().item(), 300)
     assert low <= run.table[depth].high and run.table[depth].low <= high
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_refused_even_where_a_stored_run_needs_none():
+    with pytest.raises(ValueError, match="'cuda' was asked for"):
+        experiments.run(experiments.Experiment("graph", passes=1), "cuda")
