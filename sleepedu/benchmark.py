@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sleepedu.experiments import RECIPES, Experiment, machine
 from sleepedu.fast_weights import gated_delta_chunked
 from sleepedu.layers import WindowCache
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
 from sleepedu.sleep import Session, run_episode, sleep
-from sleepedu.training import TRAINING, can_compile, compiled_blocks, make_optimizers, score, stream
+from sleepedu.training import TRAINING, can_compile, compiled_blocks, make_optimizers, score, stream, tokens_per_example
 
 RULE_SHAPES = ((64, 4, 24, 16), (64, 4, 24, 64), (32, 4, 75, 64), (4, 4, 2048, 64))  # batch, heads, length, size
 PASSES = (1, 2, 4, 8)
@@ -81,35 +81,24 @@ def count_operations(function: Callable[[], object]) -> int:
 
     Triangular solves and attention count too, attention with its whole square; elementwise operations do not.
     """
-    with FlopCounterMode(display=False, custom_mapping=_COUNTS) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: _solve})
+    counter.flop_registry |= {left_out: flop_registry[like] for left_out, like in _COUNTED_LIKE.items()}
+    with counter:
         function()
     return counter.get_total_flops()
-
-
-def _product(S, a, b, **options) -> int:
-    batch, rows, inner = a
-    return 2 * batch * rows * inner * b[-1]
 
 
 def _solve(A, right, **options) -> int:
     return math.prod(A) * right[-1]
 
 
-def _attention(q, k, v, *rest, **options) -> int:
-    batch, heads, length, size = q
-    return 2 * batch * heads * length * k[2] * (size + v[-1])
-
-
-def _attention_backward(do, q, k, v, *rest, **options) -> int:
-    return 5 * _attention(q, k, v) // 2  # five products, one of them the scores again
-
-
-# What torch's counter leaves out.
-_COUNTS = {
-    torch.ops.aten.baddbmm_: _product,
-    torch.ops.aten.linalg_solve_triangular: _solve,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+# What torch's counter leaves out, though it knows how to count it under another name.
+_COUNTED_LIKE = {
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
 }
 
 
@@ -206,7 +195,7 @@ def _one_step(experiment: Experiment, product_ms: float, device: torch.device) -
             ways["compiled"] = partial(step_with, model.blocks)
         found = alternately(ways, device)
     best = min(row["ms"] for row in found.values())
-    tokens = config.batch * (task.windows * task.window + task.prompt_length)
+    tokens = config.batch * tokens_per_example(task)
     operations = count_operations(plain)
     return {
         "task": experiment.task,
