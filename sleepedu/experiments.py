@@ -30,7 +30,9 @@ SIZES = ("smoke", "laptop", "paper")
 MODELS = {
     "sleep": "the hybrid of attention and fast weights, sleeping N passes on every window",
     "transformer": "attention only, evicting every window: what is left of the past is nothing",
+    "kept": "attention only, evicting nothing: it looks back at everything when it answers",
     "longer": "the hybrid at N = 1, trained on four times the steps",
+    "deeper": "the hybrid at N = 1, with four times the layers",
 }
 PACKAGE = Path(__file__).resolve().parent
 # An installed package brings the runs along; in a checkout they lie with the book.
@@ -141,8 +143,10 @@ class Experiment:
     @property
     def model_config(self) -> ModelConfig:
         settings = dict(self.recipe.model, vocabulary=len(self.make_task().words), carry=self.carry)
-        if self.model == "transformer":
-            settings["layout"] = "a" * len(settings["layout"])
+        if self.model in ("transformer", "kept"):
+            settings["layout"] = ("a" if self.model == "transformer" else "A") * len(settings["layout"])
+        if self.model == "deeper":
+            settings["layout"] *= 4
         return ModelConfig(**settings)
 
     @property

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from sleepedu.layers import Block, CausalAttention, FastWeightMixer, RMSNorm, WindowCache
 
-MIXERS = {"a": "attention", "g": "fast weights (gated delta rule)"}
+MIXERS = {
+    "a": "attention to the window",
+    "A": "attention to everything read, which keeps its cache",
+    "g": "fast weights (gated delta rule)",
+}
 CARRIES = ("hidden", "inject", "embed")
 
 FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the first to the last
@@ -23,7 +27,8 @@ class ModelConfig:
     """Everything that shapes a ``SleepLM``.
 
     vocabulary: number of token ids. layout: one letter a block, "a" attention or "g" fast weights, so "agag" is the
-    paper's hybrid and "aaaa" a plain transformer. heads x key_size and heads x value_size are the sizes of S
+    paper's hybrid and "aaaa" a plain transformer; "AAAA" is one that evicts nothing and never sleeps, the bound of
+    what can be known when answering. heads x key_size and heads x value_size are the sizes of S
     (0 means width / heads). carry: what one sleep pass hands the next, "hidden" (the paper: h itself), "inject"
     (h normalised and mixed with the embedding again) or "embed" (nothing but S). positions: how many places of the
     window have a learned embedding, added to the token's; 0 leaves positions to attention's rotary encoding, which
@@ -54,6 +59,8 @@ class ModelConfig:
         if unknown or not self.layout:
             allowed = ", ".join(f"{letter!r} {what}" for letter, what in MIXERS.items())
             raise ValueError(f"layout {self.layout!r} has unknown letters {unknown}: use one or more of {allowed}")
+        if self.keeps_cache and set(self.layout) != {"A"}:
+            raise ValueError(f"layout {self.layout!r} mixes 'A', which evicts nothing, with layers that do")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
         for name in ("key_size", "value_size", "positions"):
@@ -65,6 +72,11 @@ class ModelConfig:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit at width {self.width}")
         if self.carry not in CARRIES:
             raise ValueError(f"carry {self.carry!r} is unknown: use one of {CARRIES}")
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the model sees everything that it has read when it answers, and so has no use for sleep."""
+        return "A" in self.layout
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -89,7 +101,7 @@ class SleepLM(nn.Module):
             self.places = nn.Parameter(0.5 * torch.randn(config.positions, config.width))
         self.layers = nn.ModuleList()
         for letter in config.layout:
-            if letter == "a":
+            if letter in "aA":
                 mixer = CausalAttention(config.width, heads)
             else:
                 mixer = FastWeightMixer(

@@ -88,12 +88,18 @@ def sleep(
     Raises ValueError for N < 1, tokens outside the vocabulary or an S that does not fit. Algorithm 1, consolidation.
     """
     check_passes(passes)
+    _check_sleeps(model)
     embedding = model.embed(tokens)
     S = model.empty_fast_weights(len(tokens)) if S is None else S
     if trace is not None:
         trace.S.append([tuple(matrix.detach() for matrix in S)])
         trace.h.append([])
     return _run_passes(model, None, embedding, S, passes, trace, recompute)
+
+
+def _check_sleeps(model: SleepLM) -> None:
+    if model.config.keeps_cache:
+        raise ValueError(f"layout {model.config.layout!r} keeps its cache and cannot sleep: use run_episode")
 
 
 def _run_passes(
@@ -191,10 +197,21 @@ def run_episode(
     Raises ValueError for N < 1 or tokens outside the vocabulary.
     """
     check_passes(passes)
+    if model.config.keeps_cache:
+        return _read_whole(model, episode, passes)
     S = model.empty_fast_weights(len(episode))
     for tokens in episode.windows.unbind(1):
         S = sleep(model, tokens, S, passes, trace, recompute)
     return wake(model, episode.prompt, S)
+
+
+def _read_whole(model: SleepLM, episode: Episode, passes: int) -> Tensor:
+    """Answer with every window still in sight: one pass over windows and prompt together."""
+    if passes != 1:
+        raise ValueError(f"a model that keeps its cache does not sleep: passes must be 1, got {passes}")
+    pieces = (*episode.windows.unbind(1), episode.prompt)
+    h, _ = model.blocks(torch.cat([model.embed(tokens) for tokens in pieces], dim=1), ())
+    return model.out(h[:, -episode.prompt.shape[1] :])
 
 
 def check_passes(passes: int) -> None:
@@ -238,6 +255,7 @@ class Session:
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):
         check_passes(passes)
+        _check_sleeps(model)
         if window < 1 or batch < 1:
             raise ValueError(f"window and batch must be at least 1, got {window} and {batch}")
         if 0 < model.config.positions < window:

@@ -61,9 +61,12 @@ def test_a_size_without_a_recipe_is_refused_by_name(task, size):
 
 
 def test_models_differ_in_what_they_say_they_differ_in():
-    sleep, transformer, longer = (Experiment("graph", "smoke", model) for model in experiments.MODELS)
+    made = {model: Experiment("graph", "smoke", model) for model in experiments.MODELS}
+    sleep, transformer, longer, kept, deeper = (made[m] for m in ("sleep", "transformer", "longer", "kept", "deeper"))
     assert sleep.model_config.layout == "ag" and transformer.model_config.layout == "aa"
     assert replace(transformer.model_config, layout="ag") == sleep.model_config
+    assert kept.model_config.layout == "AA" and deeper.model_config.layout == "ag" * 4
+    assert kept.train_config == deeper.train_config == sleep.train_config
     assert longer.train_config == replace(sleep.train_config, steps=4 * sleep.train_config.steps)
     assert longer.model_config == sleep.model_config and transformer.train_config == sleep.train_config
 

@@ -193,6 +193,7 @@ def test_gradient_reaches_every_parameter(carry, passes, make_model):
     [
         ({"layout": "axg"}, r"layout 'axg' has unknown letters \['x'\]"),
         ({"layout": ""}, "layout ''"),
+        ({"layout": "Ag"}, "layout 'Ag' mixes 'A'"),
         ({"width": 30, "heads": 4}, "width 30 must divide into 4 heads"),
         ({"width": 12, "heads": 4}, "width 12 must divide into 4 heads of even size"),
         ({"carry": "nothing"}, "carry 'nothing' is unknown"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sleepedu.model import CARRIES
 from sleepedu.sleep import Reading, Session, SleepTrace, print_reading, run_episode, sleep, wake
-from sleepedu.tasks import GraphRetrieval
+from sleepedu.tasks import Episode, GraphRetrieval
 from sleepedu.training import score
 
 TASK = GraphRetrieval(nodes=4, hops=2, queries=3, windows=2)  # 11 words, two windows of 4 tokens, prompt of 6
@@ -511,3 +511,25 @@ def test_trace_records_every_pass_of_every_window(make_model):
     assert trace.norms().shape == (4, 1) and torch.equal(trace.norms(), trace.norms(1))
     assert trace.hidden_norms().shape == (3, 3) and trace.hidden_changes().shape == (2, 3)
     assert not any(x.requires_grad for x in (*trace.S[0][1], *trace.h[0]))
+
+
+def test_a_transformer_that_keeps_its_cache_reads_windows_and_prompt_as_one_text(make_model):
+    model = make_model("AA")
+    draw = torch.Generator().manual_seed(0)
+    windows, prompt = torch.randint(11, (2, 3, 5), generator=draw), torch.randint(11, (2, 4), generator=draw)
+    episode = Episode(windows, prompt, targets=prompt, depth=torch.ones_like(prompt))
+    logits = run_episode(model, episode, passes=1)
+    whole, _ = model(torch.cat((windows.flatten(1), prompt), dim=1))
+    torch.testing.assert_close(logits, whole[:, -4:])
+    changed = Episode(windows.roll(1, 0), prompt, targets=prompt, depth=torch.ones_like(prompt))
+    assert (run_episode(model, changed, passes=1) - logits).abs().max() > 1e-3, "it does not see the windows"
+
+
+def test_a_transformer_that_keeps_its_cache_does_not_sleep(make_model):
+    model, tokens = make_model("AA"), torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="cannot sleep: use run_episode"):
+        sleep(model, tokens)
+    with pytest.raises(ValueError, match="cannot sleep"):
+        Session(model, window=8, passes=1)
+    with pytest.raises(ValueError, match="passes must be 1, got 2"):
+        run_episode(model, Episode(tokens[None], tokens, tokens, tokens), passes=2)
