@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sleepedu import benchmark, distributed, experiments
+from sleepedu import results as tables
 from sleepedu.evaluation import Table, accuracy_by_depth
 from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
@@ -82,9 +83,7 @@ def results(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([run.row() for run in runs], indent=1))
         return
-    for run in runs:
-        by_depth = "  ".join(f"{depth}: {a.accuracy:.3f}" for depth, a in run.table.items())
-        print(f"{run.name:40s} {by_depth}")
+    print(tables.markdown(runs) if options.markdown else "\n".join(tables.lines(runs)))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -156,9 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=evaluate)
 
-    command = commands.add_parser("results", help="list the stored runs")
+    command = commands.add_parser("results", help="all stored runs in one table")
     command.add_argument("--runs", type=Path, help="folder of runs; the committed ones when absent")
-    command.add_argument("--json", action="store_true")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="every run by itself, with its intervals")
+    form.add_argument("--markdown", action="store_true", help="as on the book's page of results")
     command.set_defaults(command=results)
 
     command = commands.add_parser("bench", help="measure what sleep costs on this machine")

@@ -1,0 +1,86 @@
+"""The table of all stored runs: every task and model, means over seeds with their intervals, and what each cost."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from sleepedu.evaluation import Table, across_seeds
+from sleepedu.experiments import MODELS, Run
+
+
+def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
+    """Return the runs by (task, size), then by label, runs that differ in nothing but their seed together.
+
+    Models stand in the order of ``MODELS``, N ascending.
+    """
+    order = list(MODELS)
+    together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: (order.index(run.experiment.model), run.experiment.passes, run.name)):
+        e = run.experiment
+        together[e.task, e.size][label(run)].append(run)
+    return {key: dict(together[key]) for key in sorted(together)}
+
+
+def label(run: Run) -> str:
+    """Return what a table calls the run's model: "sleep, N=4"; a setting that is not the recipe's is named."""
+    e = run.experiment
+    named = replace(e, steps=0, learning_rate=0.0, seed=0).name.removeprefix(f"{e.task}-{e.size}-")
+    words = named.removesuffix("-seed0").replace("sleep-N", "sleep, N=").split("-")
+    if e.steps:
+        words.append(f"{e.steps} steps")
+    if e.learning_rate:
+        words.append(f"learning rate {e.learning_rate:g}")
+    return ", ".join(words)
+
+
+def lines(runs: list[Run]) -> list[str]:
+    """Return the table as text for a terminal: runs that differ in their seed in one line, with all their names."""
+    shown = []
+    for (task, size), models in grouped(runs).items():
+        shown += ["", f"{task}, {size}: accuracy by {_depth_name(models)}"]
+        for group in models.values():
+            by_depth = "  ".join(f"{depth}: {a.accuracy:.3f}" for depth, a in _mean(group).items())
+            name = group[0].name + "".join(f",{run.experiment.seed}" for run in group[1:])
+            shown.append(f"  {name:36s}  {by_depth}")
+    return shown[1:]
+
+
+def markdown(runs: list[Run]) -> str:
+    """Return the table as markdown, one table a task and size, for the book's page of results."""
+    parts = []
+    for (task, size), models in grouped(runs).items():
+        tables = {name: _mean(group) for name, group in models.items()}
+        depths = list(next(iter(tables.values())))
+        rows = [
+            ["model", "seeds", "steps", "million tokens", "minutes", *(str(depth) for depth in depths)],
+            [":--"] + ["--:"] * (len(depths) + 4),
+        ]
+        for name, group in models.items():
+            cost = [run.provenance for run in group]
+            rows.append(
+                [
+                    name,
+                    str(len(group)),
+                    f"{group[0].settings['train']['steps']:,}",
+                    f"{cost[0]['tokens'] / 1e6:.1f}",
+                    _range([made["seconds"] / 60 for made in cost]),
+                    *(f"{a.accuracy:.3f} <br> <small>{a.low:.2f}–{a.high:.2f}</small>" for a in tables[name].values()),
+                ]
+            )
+        constants = [max(table[depth].majority for table in tables.values()) for depth in depths]
+        rows.append(["best constant answer", "", "", "", "", *(f"{share:.3f}" for share in constants)])
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        parts.append(f"## {task}, {size}\n\nShare of right answers by {_depth_name(models)}.\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def _mean(group: list[Run]) -> Table:
+    return across_seeds([run.table for run in group])
+
+
+def _range(minutes: list[float]) -> str:
+    low, high = f"{min(minutes):.1f}", f"{max(minutes):.1f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def _depth_name(models: dict[str, list[Run]]) -> str:
+    return next(iter(models.values()))[0].make_task().depth_name

@@ -1,0 +1,47 @@
+"""The table of all stored runs, and that the book's page shows the one there is."""
+
+from dataclasses import replace
+
+import pytest
+
+from sleepedu import experiments, results
+
+STORED = experiments.stored_runs()
+
+
+def test_runs_that_differ_in_their_seed_alone_stand_together():
+    groups = results.grouped(STORED)
+    assert [task for task, _ in groups] == sorted(task for task, _ in groups)
+    shown = [run.name for models in groups.values() for group in models.values() for run in group]
+    assert sorted(shown) == [run.name for run in STORED], "a run is lost or shown twice"
+    for models in groups.values():
+        for group in models.values():
+            assert len({replace(run.experiment, seed=0) for run in group}) == 1
+
+
+def test_a_label_says_what_differs_from_the_recipe():
+    def label(**settings) -> str:
+        experiment = experiments.Experiment("graph", **settings)
+        return results.label(replace(STORED[0], experiment=experiment))
+
+    assert label(passes=4, seed=2) == "sleep, N=4"
+    assert label(model="kept") == "kept"
+    assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == (
+        "sleep, N=2, inject, 500 steps, learning rate 0.02"
+    )
+
+
+@pytest.mark.parametrize("form", [results.markdown, lambda runs: "\n".join(results.lines(runs))])
+def test_every_model_has_its_line_and_its_numbers(form):
+    run = STORED[0]
+    shown = form([run])
+    for accuracy in run.table.values():
+        assert f"{accuracy.accuracy:.3f}" in shown
+    assert run.make_task().depth_name in shown
+
+
+def test_the_books_page_shows_the_runs_there_are():
+    page = experiments.COMMITTED / "results.md"
+    assert page.read_text().rstrip() == results.markdown(STORED).rstrip(), (
+        f"run `python -m sleepedu results --markdown > {page}`"
+    )
