@@ -1,10 +1,16 @@
 """The table of all stored runs: every task and model, means over seeds with their intervals, and what each cost."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 from sleepedu.evaluation import Table, across_seeds
 from sleepedu.experiments import MODELS, Run
+
+LABELS = {
+    "transformer": "transformer",
+    "kept": "keeps its cache",
+    "longer": "N=1, 4x steps",
+    "deeper": "N=1, 4x layers",
+}
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
@@ -21,12 +27,13 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 
 
 def label(run: Run) -> str:
-    """Return what a table calls the run's model: "sleep, N=4"; a setting that is not the recipe's is named."""
+    """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
-    named = replace(e, steps=0, learning_rate=0.0, seed=0).name.removeprefix(f"{e.task}-{e.size}-")
-    words = named.removesuffix("-seed0").replace("sleep-N", "sleep, N=").split("-")
+    words = [LABELS.get(e.model, f"N={e.passes}")]
+    if e.carry != "hidden":
+        words.append(e.carry)
     if e.steps:
-        words.append(f"{e.steps} steps")
+        words.append(f"{e.steps:,} steps")
     if e.learning_rate:
         words.append(f"learning rate {e.learning_rate:g}")
     return ", ".join(words)

@@ -24,10 +24,10 @@ def test_a_label_says_what_differs_from_the_recipe():
         experiment = experiments.Experiment("graph", **settings)
         return results.label(replace(STORED[0], experiment=experiment))
 
-    assert label(passes=4, seed=2) == "sleep, N=4"
-    assert label(model="kept") == "kept"
+    assert label(passes=4, seed=2) == "N=4"
+    assert label(model="kept") == "keeps its cache"
     assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == (
-        "sleep, N=2, inject, 500 steps, learning rate 0.02"
+        "N=2, inject, 500 steps, learning rate 0.02"
     )
 
 
