@@ -77,6 +77,20 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             train={"steps": 2500, "batch": 64},
             learning_rates={4: 0.005},
         ),
+        ("math", "smoke"): Recipe(
+            task={"quantities": 4, "operations": 2}, model=SMALL, train={"steps": 300, "batch": 64}
+        ),
+        ("math", "laptop"): Recipe(
+            task={"quantities": 8, "operations": 4},
+            model={"layout": "ag"},
+            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
+        ),
+        # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
+        ("math", "paper"): Recipe(
+            task={"quantities": 360, "operations": 8, "ask": "one", "windows": 2, "sums": True, "name_words": 2},
+            model={"layout": "agag", "width": 512, "heads": 8},
+            train={"steps": 20_000, "batch": 256, **PAPER, "learning_rate": 0.001},
+        ),
         # 512 x 100 tokens a step: 5 billion tokens.
         ("rule110", "paper"): Recipe(
             task={"cells": 24, "rows": 4, "steps": (32,), "ask": "first"},

@@ -253,6 +253,64 @@ def _cell(x: float, y: float, bit: int, edge: str, wide: bool):
 
 
 @_figure
+def dependencies(
+    shows: Mapping[str, str],
+    column: Mapping[str, int],
+    arrows: Mapping[str, Mapping[str, str]],
+    asked: Sequence[str],
+    given: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draw what depends on what, every name in its column, the names that are asked framed, wrong answers crossed out.
+
+    shows: what is right for every name. column: operations that it takes. arrows[name][source]: what is done to the
+    source to get there, nothing for a name that depends on none. given: a model's answer for every name asked.
+    """
+    columns = {x: [name for name in shows if column[name] == x] for x in sorted(set(column.values()))}
+    place: dict[str, tuple[float, float]] = {}
+    for x, names in columns.items():  # a name stands near what it depends on, which keeps arrows from crossing
+        names.sort(key=lambda name: sum(place[source][1] for source in arrows[name]) / max(1, len(arrows[name])))
+        place |= {name: (x, i - (len(names) - 1) / 2) for i, name in enumerate(names)}
+    tallest = max(len(names) for names in columns.values())
+    figure, axes = plt.subplots(figsize=(1.35 * (max(columns) + 1) + 0.4, 0.85 * tallest + 1.2))
+    for name, sources in arrows.items():
+        (x, y), wrong = place[name], given is not None and given.get(name, shows[name]) != shows[name]
+        for source, label in sources.items():
+            left, before = place[source]
+            bend = 0.45 / (x - left) if x - left > 1 else 0.0  # a long arrow bends around the columns between
+            bend = -bend if before > y else bend
+            along = {"arrowstyle": "-|>", "color": PASS_COLOURS[4], "lw": 1.5, "shrinkA": 13, "shrinkB": 13}
+            along["connectionstyle"] = f"arc3,rad={-bend}"
+            axes.annotate("", xy=(x, y), xytext=place[source], zorder=1, arrowprops=along)
+            middle = (x + left) / 2 + bend * (y - before) * 0.3, (y + before) / 2 - bend * (x - left) * 0.75
+            background = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+            axes.text(*middle, label, ha="center", va="center", fontsize=10, bbox=background, zorder=2)
+        edge, fill = FAINT, "white"
+        if name in asked:
+            edge, fill = PASS_COLOURS[4], "#DCE8FA"
+        if given is not None and name in given:
+            edge, fill = (WRONG, "#FBE3D6") if wrong else (RIGHT, "#D8F0E4")
+        axes.plot(x, y, marker="o", ms=24, mec=edge, mfc=fill, mew=2, zorder=3)
+        axes.text(x, y, shows[name], ha="center", va="center", fontsize=11, zorder=4)
+        axes.text(x, y + 0.34, name, ha="center", va="center", fontsize=9, zorder=4)
+        if wrong:
+            axes.text(
+                x + 0.22, y - 0.26, f"×{given[name]}", color=WRONG, ha="left", va="center", weight="bold", zorder=4
+            )
+    if given is not None:
+        mistakes = sum(answer != shows[name] for name, answer in given.items())
+        axes.set_title("the model: " + ("all right" if not mistakes else f"{mistakes} of {len(given)} wrong (×)"))
+    axes.set(
+        xlim=(-0.5, max(columns) + 0.5), ylim=(tallest / 2 + 0.1, -tallest / 2 - 0.05), yticks=[], xlabel="operations"
+    )
+    axes.set_xticks(range(max(columns) + 1))
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+@_figure
 def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: int = -1) -> Figure:
     """Draw S of one fast-weight layer after every pass, a row per head, on one colour scale.
 

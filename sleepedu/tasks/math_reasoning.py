@@ -1,0 +1,350 @@
+"""Math reasoning: read sentences about dials in any order, then say what a dial shows that none of them gives.
+
+A dial shows a digit and turns past 9 back to 0, so all arithmetic is modulo 10. Every digit is then equally likely to
+be the answer, and an answer takes every number of its derivation: whoever misses one of them knows nothing. That is
+why "0 more than" occurs: without it a dial would never show what the dial it depends on shows, which is a hint. After
+GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's test of reasoning, without its varied wording.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sleepedu.tasks.base import UNSCORED, Episode, Task
+
+COLOURS = (
+    *("red", "blue", "green", "gold", "pink", "grey", "black", "white", "brown", "orange", "purple", "violet", "amber"),
+    *("teal", "navy", "silver", "copper", "scarlet", "crimson", "olive"),
+    *("coral", "ivory", "indigo", "lilac", "cream", "bronze"),
+)
+PLACES = (
+    *("harbour", "tower", "garden", "bridge", "market", "station", "mill", "castle", "library", "school", "chapel"),
+    *("museum", "theatre", "bakery", "quarry", "lighthouse", "island", "forest", "valley", "canal"),
+)
+PAIRED = 20  # colours that go with the places, for names of two words
+GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
+RULE = "Each dial shows a digit from 0 to 9; one step up from 9 is 0, and one step down from 0 is 9."
+
+
+@dataclass(frozen=True)
+class MathReasoning(Task):
+    """Sentences about ``quantities`` dials, in any order, then questions whose answers take several sentences each.
+
+    quantities: dials, one sentence each; about a quarter are given outright ("red shows 4 ."), the others derived
+    ("blue shows 3 more than red ."). operations: the most derived dials in a derivation, the asked one included; that
+    number is the depth, and every problem has dials of each depth from 0 (given) to ``operations``. ask: "every" for
+    all dials, after the sleep; "one" for a single dial of depth 1 or more, named before the first sentence (the
+    paper's form): all other dials are distractors. windows: how many windows the text is cut into, padded on the left.
+    sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2.
+    Raises ValueError for fewer than 2 quantities or more than there are names, operations outside 1..quantities - 1
+    (- 2 with sums, which need two given dials), or other settings outside these.
+    """
+
+    quantities: int = 8
+    operations: int = 4
+    ask: str = "every"
+    windows: int = 1
+    sums: bool = False
+    name_words: int = 1
+
+    name = "math"
+    scoring = "each"
+    depth_name = "operations"
+
+    def __post_init__(self):
+        if self.name_words not in (1, 2):
+            raise ValueError(f"name_words must be 1 or 2, got {self.name_words}")
+        names = len(COLOURS) if self.name_words == 1 else PAIRED * len(PLACES)
+        if not 2 <= self.quantities <= names:
+            raise ValueError(
+                f"quantities must lie in 2..{names} with name_words {self.name_words}, got {self.quantities}"
+            )
+        if not 1 <= self.operations < self.quantities:
+            raise ValueError(
+                f"operations must lie in 1..{self.quantities - 1} for {self.quantities} quantities, "
+                f"got {self.operations}"
+            )
+        if self.sums and self.operations > self.quantities - 2:
+            raise ValueError(
+                f"sums need two given dials: {self.operations} operations take {self.operations + 2} quantities, "
+                f"got {self.quantities}"
+            )
+        if self.ask not in ("every", "one"):
+            raise ValueError(f"ask {self.ask!r} is unknown: use 'every' or 'one'")
+        if self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Digits first (their ids are the digits), then the words of names, then all others, padding last."""
+        names = COLOURS[: self.quantities] if self.name_words == 1 else (*COLOURS[:PAIRED], *PLACES)
+        question = ("?",) if self.ask == "every" else ("what", "does", "show", "?", "=")
+        return (*"0123456789", *names, "shows", "more", "less", "than", *(["plus"] * self.sums), ".", *question, "_")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(range(1, self.operations + 1))
+
+    @property
+    def given(self) -> int:
+        """How many dials have their digit in the text."""
+        return min(max(2 if self.sums else 1, self.quantities // 4), self.quantities - self.operations)
+
+    @property
+    def window(self) -> int:
+        sentences = self.given * (self.name_words + 3) + (self.quantities - self.given) * (2 * self.name_words + 5)
+        longest = sentences + (self.ask == "one") * (self.name_words + 4)
+        return -(-longest // self.windows)
+
+    @property
+    def prompt_length(self) -> int:
+        return self.quantities * (1 + self.name_words) if self.ask == "every" else 1
+
+    def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
+        self._check_sample(batch, depth)
+        graph = _Graph(self, batch, generator)
+        row = torch.arange(batch)[:, None]
+        names = self._names(batch, generator)
+        sentences = self._sentences(graph, names)[row, _shuffled(batch, self.quantities, generator)].flatten(1)
+        if self.ask == "every":
+            order = _shuffled(batch, self.quantities, generator)
+            operations, digit = graph.operations.gather(1, order), graph.digit.gather(1, order)
+            if depth is not None:
+                digit = digit.masked_fill(operations != depth, UNSCORED)
+                operations = operations.where(operations == depth, 0)
+            mark = torch.full((batch, self.quantities, 1), self._id("?"))
+            prompt = torch.cat((mark, names[row, order]), dim=-1)
+            targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
+            targets[..., -1], depths[..., -1] = digit, operations
+            prompt, targets, depths = prompt.flatten(1), targets.flatten(1), depths.flatten(1)
+        else:
+            low, high = (1, self.operations) if depth is None else (depth, depth)
+            depths = torch.randint(low, high + 1, (batch, 1), generator=generator)
+            asked = graph.any_of(depths)
+            targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self._id("="))
+            before, after = (torch.tensor(self.encode(words)).expand(batch, -1) for words in ("what does", "show ?"))
+            sentences = torch.cat((before, names[row, asked].flatten(1), after, sentences), dim=1)
+        return Episode(self._padded(sentences), prompt, targets, depths)
+
+    def _id(self, word: str) -> int:
+        return self.words.index(word)
+
+    def _names(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Return the tokens of every dial's name, (b, q, name_words): all different, drawn afresh each time."""
+        if self.name_words == 1:
+            return 10 + _shuffled(batch, self.quantities, generator)[..., None]
+        pair = _shuffled(batch, PAIRED * len(PLACES), generator)[:, : self.quantities]
+        return torch.stack((10 + pair // len(PLACES), 10 + PAIRED + pair % len(PLACES)), dim=-1)
+
+    def _sentences(self, graph: "_Graph", names: Tensor) -> Tensor:
+        """Return the sentence of every dial, (b, q, width): one template for all forms, padding where it has gaps."""
+        row = torch.arange(len(names))[:, None]
+
+        def only(where: Tensor, tokens: Tensor | str) -> Tensor:
+            tokens = torch.tensor(self._id(tokens)) if isinstance(tokens, str) else tokens
+            return torch.where(where[..., None], tokens, self._id("_"))
+
+        form = graph.form
+        always, step, plus = form >= 0, (form == MORE) | (form == LESS), form == PLUS
+        template = [
+            *(names, only(always, "shows"), only(~plus, graph.number[..., None])),
+            *(only(form == MORE, "more"), only(form == LESS, "less"), only(step, "than")),
+            only(form != GIVEN, names[row, graph.first]),
+        ]
+        if self.sums:
+            template += [only(plus, "plus"), only(plus, names[row, graph.second])]
+        return torch.cat((*template, only(always, ".")), dim=-1)
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """Close the gaps in tokens (b, any) and cut them into windows, with all padding on the left."""
+        word, length = tokens != self._id("_"), self.windows * self.window
+        text = torch.full((len(tokens), length), self._id("_"))
+        text[torch.arange(length) >= length - word.sum(dim=1, keepdim=True)] = tokens[word]
+        return text.view(len(tokens), self.windows, self.window)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text: lower-cased words and punctuation. Raises ValueError for a word not in words."""
+        ids = {word: token for token, word in enumerate(self.words)}
+        tokens = []
+        for word in re.findall(r"\w+|[^\w\s]", text.lower()):
+            if word not in ids:
+                raise ValueError(f"the {self.name} task has no word {word!r}: it knows {' '.join(self.words)}")
+            tokens.append(ids[word])
+        return tokens
+
+    def problem(self, episode: Episode, index: int = 0) -> str:
+        """Return one example in English, for any language model or person: the rule, the question, the sentences."""
+        asked = list(self._asked(episode, index))
+        several = ", ".join(asked[:-1]) + " and " + asked[-1]
+        question = f"What does {asked[0]} show?" if len(asked) == 1 else f"What do {several} show?"
+        facts = [f"{name} shows {' '.join(fact)}." for name, fact in self._facts(episode, index).items()]
+        return "\n".join([RULE, "", question, *(fact.capitalize() for fact in facts)])
+
+    def derivation(self, episode: Episode, index: int, name: str) -> list[str]:
+        """Return how a dial's digit is worked out, a line for every dial that it takes, its own last.
+
+        Raises ValueError for a name that is not in the problem.
+        """
+        return [line for _, line in self._steps(self._facts(episode, index), name.lower()).values()]
+
+    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None):
+        """Draw what depends on what, by number of operations, answers that are wrong marked.
+
+        When one dial is asked, only what its answer takes is drawn.
+        """
+        from sleepedu import figures
+
+        self.check(episode)
+        facts, asked = self._facts(episode, index), self._asked(episode, index)
+        shown = facts if self.ask == "every" else self._steps(facts, *asked)
+        shows, column, arrows = {}, {}, {}
+        for dial in shown:
+            steps = self._steps(facts, dial)
+            shows[dial], column[dial] = str(steps[dial][0]), sum(len(facts[name]) > 1 for name in steps)
+            sign = {"more": "+", "less": "−"}.get(_form(facts[dial]))
+            arrows[dial] = dict.fromkeys(_sources(facts[dial]), f"{sign}{facts[dial][0]}" if sign else "+")
+        given = None if answers is None else {dial: self.words[int(answers[i])] for dial, i in asked.items()}
+        return figures.dependencies(shows, column, arrows, list(asked), given)
+
+    def _asked(self, episode: Episode, index: int) -> dict[str, int]:
+        """Return every dial with a target, and its position in the prompt."""
+        if self.ask == "one":
+            text = self._plain(episode, index)
+            return {" ".join(text[2 : 2 + self.name_words]): 0}
+        prompt = [self.words[token] for token in episode.prompt[index].tolist()]
+        positions = episode.asked[index].nonzero().flatten().tolist()
+        return {" ".join(prompt[i + 1 - self.name_words : i + 1]): i for i in positions}
+
+    def _plain(self, episode: Episode, index: int) -> list[str]:
+        words = (self.words[token] for token in episode.windows[index].flatten().tolist())
+        return [word for word in words if word != "_"]
+
+    def _facts(self, episode: Episode, index: int) -> dict[str, list[str]]:
+        """Return what the text says of every dial, in its order: {"red": ["3", "more", "than", "blue"], ...}."""
+        text = self._plain(episode, index)
+        if self.ask == "one":
+            text = text[text.index("?") + 1 :]
+        sentences = [sentence.split() for sentence in " ".join(text).split(".")[:-1]]
+        return {" ".join(s[: self.name_words]): s[self.name_words + 1 :] for s in sentences}
+
+    def _steps(self, facts: dict[str, list[str]], name: str) -> dict[str, tuple[int, str]]:
+        """Return the digit and the worked line of a dial and of every dial it takes, those it depends on first."""
+        if name not in facts:
+            raise ValueError(f"the problem has no dial {name!r}: it has {', '.join(facts)}")
+        fact, steps = facts[name], {}
+        for source in _sources(fact):
+            steps |= self._steps(facts, source)
+        numbers = [steps[source][0] for source in _sources(fact)]
+        if _form(fact) != "plus":
+            numbers.append(int(fact[0]))
+        total = numbers[0]
+        line = f"{name} shows {total}"
+        if len(numbers) == 2:
+            less = _form(fact) == "less"
+            total += -numbers[1] if less else numbers[1]
+            line += f" {'-' if less else '+'} {numbers[1]} = {total}"
+        if total not in range(10):
+            line += f", on the dial {total % 10}"
+        return steps | {name: (total % 10, line)}
+
+
+class _Graph:
+    """Which dial depends on which, for a batch: tensors (b, q), the dials in order of their operations.
+
+    Two dials are added only if no given dial stands behind both. A derivation then uses every number once, which is
+    what makes an answer independent of all numbers but one; and operations simply add up.
+    """
+
+    def __init__(self, task: MathReasoning, batch: int, generator: torch.Generator):
+        self.generator = generator
+        shape, levels = (batch, task.quantities), torch.arange(task.operations + 1)
+        others = torch.randint(
+            1, task.operations + 1, (batch, task.quantities - task.given - task.operations), generator=generator
+        )
+        certain = torch.cat((torch.zeros(task.given, dtype=torch.long), levels[1:])).expand(batch, -1)
+        self.operations = torch.cat((certain, others), dim=1).sort(dim=1).values
+        levels = levels.expand(batch, -1).contiguous()
+        self.start = torch.searchsorted(self.operations, levels)
+        self.stop = torch.searchsorted(self.operations, levels, right=True)
+
+        derived = self.operations > 0
+        self.number = torch.randint(10, shape, generator=generator)
+        self.form = torch.randint(MORE, LESS + 1, shape, generator=generator).where(derived, GIVEN)
+        self.first = self.any_of((self.operations - 1).clamp(min=0))
+        if task.sums:
+            self._add_sums(task)
+        self.digit = self.number.clone()
+        for level in range(1, task.operations + 1):
+            source = self.digit.gather(1, self.first)
+            digit = source + torch.where(self.form == LESS, -self.number, self.number)
+            if task.sums:
+                digit = torch.where(self.form == PLUS, source + self.digit.gather(1, self.second), digit)
+            self.digit = torch.where(self.operations == level, digit % 10, self.digit)
+
+    def any_of(self, operations: Tensor) -> Tensor:
+        """Return a random dial that needs so many operations: (b, n) -> (b, n)."""
+        start, stop = self.start.gather(1, operations), self.stop.gather(1, operations)
+        return start + (torch.rand(operations.shape, generator=self.generator) * (stop - start)).long()
+
+    def _add_sums(self, task: MathReasoning) -> None:
+        batch, quantities = self.operations.shape
+        row = torch.arange(batch)[:, None]
+        split = (torch.rand(batch, quantities, generator=self.generator) * self.operations).long()
+        one, other = self.any_of(split), self.any_of((self.operations - 1 - split).clamp(min=0))
+        wanted = torch.rand(batch, quantities, generator=self.generator) < 0.5
+        self.second = other
+        behind = torch.eye(quantities, task.given, dtype=torch.bool).repeat(batch, 1, 1)  # the given dials behind each
+        for level in range(1, task.operations + 1):
+            here, apart = self.operations == level, ~(behind[row, one] & behind[row, other]).any(dim=-1)
+            plus = here & wanted & apart
+            self.form[plus] = PLUS
+            self.first = torch.where(plus, one, self.first)
+            sources = behind[row, self.first] | (behind[row, other] & plus[..., None])
+            behind = torch.where(here[..., None], sources, behind)
+
+
+def _shuffled(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(batch, length, generator=generator).argsort(dim=1)
+
+
+def _form(fact: list[str]) -> str:
+    """Return the word that says what a fact does, "" for a given dial."""
+    return next((word for word in fact if word in ("more", "less", "plus")), "")
+
+
+def _sources(fact: list[str]) -> list[str]:
+    """Return the names of the dials that a fact refers to."""
+    if _form(fact) == "plus":
+        place = fact.index("plus")
+        return [" ".join(fact[:place]), " ".join(fact[place + 1 :])]
+    return [" ".join(fact[3:])] if len(fact) > 1 else []
+
+
+def best_constant(episode: Episode) -> Tensor:
+    """Guess for every question the digit that is most often right: (b, p)."""
+    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=10)
+    return counts.argmax().expand_as(episode.targets)
+
+
+def most_frequent_number(episode: Episode) -> Tensor:
+    """Guess the number that occurs most often in the text: (b, p)."""
+    text = episode.windows.flatten(1)
+    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(10)], dim=1)
+    return counts.argmax(dim=1, keepdim=True).expand_as(episode.targets)
+
+
+def last_number(episode: Episode) -> Tensor:
+    """Guess the last number in the text: (b, p)."""
+    text = episode.windows.flatten(1)
+    place = torch.where(text < 10, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
+    return text.gather(1, place).expand_as(episode.targets)
+
+
+GUESSERS: dict[str, Callable[[Episode], Tensor]] = {
+    "the best constant answer": best_constant,
+    "the most frequent number in the text": most_frequent_number,
+    "the last number in the text": last_number,
+}

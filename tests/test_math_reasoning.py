@@ -1,0 +1,394 @@
+"""Math reasoning: answers against a solver that reads the English alone, and against what guessing can do."""
+
+import re
+from collections import Counter, defaultdict
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from sleepedu import figures
+from sleepedu.tasks import TASKS, UNSCORED, Episode, MathReasoning
+from sleepedu.tasks.math_reasoning import COLOURS, GUESSERS, PLACES, RULE
+
+PAPER = {"quantities": 300, "operations": 8, "ask": "one", "windows": 4, "sums": True, "name_words": 2}
+FORMS = [
+    {"ask": ask, "sums": sums, "name_words": words, "quantities": 12 if words == 2 else 8, "windows": words + sums}
+    for ask in ("every", "one")
+    for sums in (False, True)
+    for words in (1, 2)
+]
+EDGES = [
+    {"quantities": 2, "operations": 1},
+    {"quantities": 3, "operations": 1, "sums": True},
+    {"quantities": 6, "operations": 5, "ask": "one", "windows": 7},
+    {"quantities": 26, "operations": 25},
+]
+
+
+def draw_from(task, batch=200, seed=0, depth=None) -> Episode:
+    return task.sample(batch, torch.Generator().manual_seed(seed), depth)
+
+
+def words_of(task, tokens) -> list[str]:
+    return [task.words[token] for token in tokens.flatten().tolist()]
+
+
+def read(text: str) -> dict[str, tuple[str, list[str]]]:
+    """Return for every dial what its sentence does, and with what: {"red": ("more", ["3", "blue"]), ...}."""
+    facts = {}
+    for line in text.lower().splitlines():
+        if match := re.fullmatch(r"(.+) shows (\d)\.", line):
+            name, *rest, kind = *match.groups(), "given"
+        elif match := re.fullmatch(r"(.+) shows (\d) (more|less) than (.+)\.", line):
+            name, number, kind, source = match.groups()
+            rest = [number, source]
+        elif match := re.fullmatch(r"(.+) shows (.+) plus (.+)\.", line):
+            name, *rest, kind = *match.groups(), "plus"
+        else:
+            continue
+        assert name not in facts, f"{name} is described twice"
+        facts[name] = (kind, rest)
+    return facts
+
+
+def solve(text: str) -> dict[str, int]:
+    """Return the digit of every dial, found by going through the sentences until all are understood."""
+    facts, digits = read(text), {}
+    while len(digits) < len(facts):
+        before = len(digits)
+        for name, (kind, rest) in facts.items():
+            if kind == "given":
+                digits[name] = int(rest[0])
+            elif kind == "plus" and rest[0] in digits and rest[1] in digits:
+                digits[name] = (digits[rest[0]] + digits[rest[1]]) % 10
+            elif kind in ("more", "less") and rest[1] in digits:
+                digits[name] = (digits[rest[1]] + int(rest[0]) * (1 if kind == "more" else -1)) % 10
+        assert len(digits) > before, "the sentences go in a circle"
+    return digits
+
+
+def behind(facts: dict[str, tuple[str, list[str]]], name: str) -> list[str]:
+    """Return every dial that a digit takes, itself included, as often as it is used."""
+    _, rest = facts[name]
+    return [name, *(other for source in rest if source in facts for other in behind(facts, source))]
+
+
+def questions(task, episode, index) -> list[tuple[str, int, int]]:
+    """Return name, right digit and depth of every question, from the tokens."""
+    if task.ask == "one":
+        words = " ".join(word for word in words_of(task, episode.windows[index]) if word != "_")
+        name = re.match(r"what does (.+?) show \?", words)[1]
+        return [(name, int(episode.targets[index, 0]), int(episode.depth[index, 0]))]
+    asked, prompt, width = [], words_of(task, episode.prompt[index]), 1 + task.name_words
+    for last in range(width - 1, len(prompt), width):
+        mark, *name = prompt[last + 1 - width : last + 1]
+        assert mark == "?"
+        if episode.targets[index, last] != UNSCORED:
+            asked.append((" ".join(name), int(episode.targets[index, last]), int(episode.depth[index, last])))
+    return asked
+
+
+# What is asked, and what is right
+
+
+@pytest.mark.parametrize("settings", FORMS + EDGES, ids=str)
+def test_answers_and_derivations_agree_with_a_reader_of_the_english(settings):
+    task = MathReasoning(**settings)
+    count = 1250 if settings in FORMS else 100  # 10,000 problems over the eight forms
+    depths = [None, *task.depths]
+    for seed, depth in enumerate(depths):
+        episode = draw_from(task, count // len(depths) + 1, seed, depth)
+        for i in range(len(episode)):
+            text = task.problem(episode, i)
+            facts, digits, asked = read(text), solve(text), questions(task, episode, i)
+            assert len(facts) == task.quantities and asked
+            for name, digit, operations in asked:
+                assert digits[name] == digit, text
+                used = behind(facts, name)
+                assert len(used) == len(set(used)), "a dial is used twice in one derivation"
+                derived = [other for other in used if facts[other][0] != "given"]
+                assert len(derived) == operations and depth in (None, operations)
+                lines = task.derivation(episode, i, name)
+                assert len(lines) == len(used) and lines[-1].startswith(f"{name} shows ")
+                assert [line.split(" shows ")[0] for line in lines].index(name) == len(lines) - 1
+                assert [int(line[-1]) for line in lines] == [digits[line.split(" shows ")[0]] for line in lines]
+
+
+def test_the_papers_form_is_long_and_asks_one_question_first():
+    task = MathReasoning(**PAPER)
+    assert 2000 <= task.windows * task.window <= 3300 and task.prompt_length == 1
+    assert task.depths == tuple(range(1, 9))
+    episode = draw_from(task, 30)
+    for i in range(30):
+        words = words_of(task, episode.windows[i])
+        assert [word for word in words if word != "_"][:2] == ["what", "does"]
+        text = task.problem(episode, i)
+        ((name, digit, _),) = questions(task, episode, i)
+        assert f"What does {name} show?" in text and solve(text)[name] == digit
+    assert words_of(task, episode.prompt) == ["="] * 30
+
+
+def test_every_asks_all_dials_and_given_ones_are_a_bridge():
+    task = MathReasoning()
+    episode = draw_from(task, 300)
+    depth = episode.depth[:, 1::2]
+    assert task.given == 2 and (depth.sort(dim=1).values[:, :2] == 0).all()
+    assert (episode.targets[:, 1::2] >= 0).all() and (episode.targets[:, 0::2] == UNSCORED).all()
+    for i in range(300):
+        assert sorted(words_of(task, episode.prompt[i, 1::2])) == sorted(COLOURS[:8])
+        assert set(task.depths) <= set(depth[i].tolist())
+    only = draw_from(task, 300, depth=3)
+    assert torch.equal(only.asked, only.depth == 3) and only.asked.any(dim=1).all()
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_depths_are_even_and_say_nothing_of_the_length(settings):
+    task = MathReasoning(**settings)
+    depth = draw_from(task, 4000).depth
+    share = torch.bincount(depth[depth > 0], minlength=5)[1:] / (depth > 0).sum()
+    torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.03)
+    blank = task.words.index("_")
+    lengths = [
+        (draw_from(task, 2000, d, d).windows != blank).sum(dim=(1, 2)).double().mean().item() for d in task.depths
+    ]
+    assert max(lengths) - min(lengths) < 0.15  # with sums, which are a word shorter, there is chance in it
+    assert task.sums or len(set(lengths)) == 1
+
+
+@pytest.mark.parametrize("settings", [*FORMS, PAPER], ids=str)
+def test_text_is_shuffled_closed_up_and_padded_on_the_left_only(settings):
+    task = MathReasoning(**settings)
+    episode = draw_from(task, 40)
+    for i in range(40):
+        words = words_of(task, episode.windows[i])
+        start = next(place for place, word in enumerate(words) if word != "_")
+        assert "_" not in words[start:] and words[-1] == "."
+        assert words.count(".") == task.quantities
+        assert task.sums or start < task.windows  # without sums all texts of a form are equally long
+
+
+def test_given_dials_stand_anywhere_in_the_text():
+    task = MathReasoning()
+    episode = draw_from(task, 2000)
+    kinds = [[kind for kind, _ in read(task.problem(episode, i)).values()] for i in range(2000)]
+    for place in range(8):
+        assert sum(kind[place] == "given" for kind in kinds) / 2000 == pytest.approx(1 / 4, abs=0.04)
+
+
+def test_names_are_drawn_afresh():
+    short, long = MathReasoning(), MathReasoning(name_words=2)
+    assert short.words[10:18] == COLOURS[:8] and "plus" not in short.words
+    assert {next(iter(read(short.problem(draw_from(short), i)))) for i in range(200)} == set(COLOURS[:8])
+    pairs = set()
+    for i in range(200):
+        names = list(read(long.problem(draw_from(long), i)))
+        assert all(a in COLOURS[:20] and b in PLACES for a, b in (name.split() for name in names))
+        pairs.update(names)
+    assert len(pairs) > 380
+    assert len(set(COLOURS)) == 26 and len(set(PLACES)) == 20
+
+
+def test_sums_are_used_and_only_where_they_are_on():
+    for ask in ("every", "one"):
+        on, off = MathReasoning(ask=ask, sums=True), MathReasoning(ask=ask)
+        kinds = Counter(kind for i in range(200) for kind, _ in read(on.problem(draw_from(on), i)).values())
+        assert 0.08 < kinds["plus"] / kinds.total() < 0.3
+        assert abs(kinds["more"] - kinds["less"]) < 4 * (kinds["more"] + kinds["less"]) ** 0.5
+        assert all(kind != "plus" for i in range(50) for kind, _ in read(off.problem(draw_from(off), i)).values())
+
+
+# What guessing can do
+
+
+def share_right(guess, episode) -> tuple[float, float]:
+    """Return the share of right guesses for dials that are not given, and its standard error over problems."""
+    asked = episode.depth > 0
+    share = ((guess == episode.targets) & asked).sum(dim=1) / asked.sum(dim=1)
+    return share.mean().item(), share.std().item() / len(share) ** 0.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"ask": "one"}, {"sums": True}, {"ask": "one", "sums": True}], ids=str)
+@pytest.mark.parametrize("guesser", GUESSERS)
+def test_guessers_are_right_one_time_in_ten(settings, guesser):
+    """The most frequent number depends on all numbers and may stray: a point down, 0.3 up, in 300,000 problems."""
+    task = MathReasoning(**settings)
+    stray = (0.012, 0.004) if "frequent" in guesser else (0, 0)
+    for depth in (None, *task.depths):
+        episode = draw_from(task, 10_000, 7 + (depth or 0), depth)
+        share, error = share_right(GUESSERS[guesser](episode), episode)
+        assert 0.1 - stray[0] - 4 * error < share < 0.1 + stray[1] + 4 * error, f"depth {depth}"
+
+
+def test_guessers_guess_what_they_say():
+    task = MathReasoning(ask="one")
+    text = "what does red show ? red shows 3 more than blue . blue shows 7 . green shows 3 less than red ."
+    windows = torch.tensor([[task.encode("_ _ " + text)]])
+    episode = Episode(windows, torch.tensor([[0]]), torch.tensor([[4]]), torch.tensor([[1]]))
+    assert [int(guess(episode)) for guess in GUESSERS.values()] == [4, 3, 3]
+    last = torch.tensor([[task.encode("red shows 7 . blue shows 0 . green shows 7 .")]])
+    assert int(GUESSERS["the last number in the text"](Episode(last, *[torch.tensor([[0]])] * 3))) == 7
+
+
+def surface(text: str, name: str) -> dict[str, object]:
+    """Return what can be seen of a question without working it out in full."""
+    facts = read(text)
+    names, (kind, rest) = list(facts), facts[name]
+    numbers = [int(word) for _, words in facts.values() for word in words if word.isdigit()]
+    own = rest[0] if kind != "plus" else None
+    used = behind(facts, name)
+    return {
+        "form and number of its sentence": (kind, own),
+        "number and place of its sentence": (own, names.index(name)),
+        "sentence of the dial that it depends on": (facts[rest[-1]][0], facts[rest[-1]][1][0][:1]),
+        "digit of the dial that it depends on": solve(text)[rest[-1]],
+        "given digit at the end of its derivation, and its length": (facts[used[-1]][1], len(used)),
+        "dials that depend on it": sum(name in words for _, words in facts.values()),
+        "first and last number": (numbers[0], numbers[-1]),
+        "sum of all numbers": sum(numbers) % 10,
+        "largest number": max(numbers),
+        "most frequent number, and how often": Counter(numbers).most_common(1)[0],
+        "how often each form occurs": sorted(Counter(kind for kind, _ in facts.values()).items()),
+    }
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_no_table_of_surface_features_predicts_the_answer(sums):
+    """For each feature, the digit most often right in one half of 10,000 problems is tried on the other half."""
+    task = MathReasoning(ask="one", sums=sums)
+    episode = draw_from(task, 10_000, 11)
+    tables = [defaultdict(lambda: defaultdict(Counter)) for _ in range(2)]
+    seen = []
+    for i in range(len(episode)):
+        ((name, digit, _),) = questions(task, episode, i)
+        features = {what: str(value) for what, value in surface(task.problem(episode, i), name).items()}
+        seen.append((features, digit))
+        for what, value in features.items():
+            tables[i % 2][what][value][digit] += 1
+    for what in seen[0][0]:
+        right = 0
+        for i, (features, digit) in enumerate(seen):
+            table = tables[1 - i % 2][what][features[what]]
+            right += bool(table) and table.most_common(1)[0][0] == digit
+        assert right / len(seen) == pytest.approx(0.1, abs=4 * 0.003), what
+
+
+# Words, pictures and mistakes
+
+
+@pytest.mark.parametrize("settings", [*FORMS, PAPER], ids=str)
+def test_encode_turns_english_back_into_the_tokens(settings):
+    task = MathReasoning(**settings)
+    episode = draw_from(task, 3)
+    for tokens in (episode.windows[1].flatten().tolist(), episode.prompt[1].tolist()):
+        assert task.encode(" ".join(task.words[token] for token in tokens)) == tokens
+    rule, rest = task.problem(episode, 2).split("\n\n")
+    assert rule == RULE
+    text = rest if task.ask == "one" else rest.split("\n", maxsplit=1)[1]
+    blank = task.words.index("_")
+    assert task.encode(text) == [token for token in episode.windows[2].flatten().tolist() if token != blank]
+
+
+def test_encode_names_the_word_it_does_not_know():
+    task = MathReasoning()
+    assert task.encode("Red shows 4.") == [10, *task.encode("shows"), 4, *task.encode(".")]
+    for text, word in (
+        ("red shows mauve.", "mauve"),
+        ("red shows 12.", "12"),
+        ("red plus blue", "plus"),
+        ("red!", "!"),
+    ):
+        with pytest.raises(ValueError, match=f"no word '{re.escape(word)}'"):
+            task.encode(text)
+
+
+def test_a_derivation_is_worked_in_full():
+    task = MathReasoning(ask="one", sums=True)
+    text = (
+        "what does green show ? gold shows 2 . red shows 8 . blue shows 5 more than red . "
+        "grey shows 4 less than gold . green shows grey plus blue . black shows 0 less than gold ."
+    )
+    windows = torch.tensor([[task.encode(text)]])
+    episode = Episode(windows, torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[3]]))
+    assert task.derivation(episode, 0, "Green") == [
+        "gold shows 2",
+        "grey shows 2 - 4 = -2, on the dial 8",
+        "red shows 8",
+        "blue shows 8 + 5 = 13, on the dial 3",
+        "green shows 8 + 3 = 11, on the dial 1",
+    ]
+    assert task.derivation(episode, 0, "black")[-1] == "black shows 2 - 0 = 2"
+    with pytest.raises(ValueError, match="no dial 'pink': it has gold, red"):
+        task.derivation(episode, 0, "pink")
+
+
+def written(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize("settings", [{}, {"sums": True}, PAPER], ids=str)
+@pytest.mark.parametrize("depth", [None, 2])
+def test_the_picture_shows_every_digit_and_marks_wrong_answers(settings, depth):
+    task = MathReasoning(**settings)
+    episode = draw_from(task, 3, depth=depth)
+    asked = questions(task, episode, 1)
+    facts, digits = read(task.problem(episode, 1)), solve(task.problem(episode, 1))
+    shown = facts if task.ask == "every" else behind(facts, asked[0][0])
+    figure = task.draw(episode, 1)
+    assert isinstance(figure, Figure) and plt.get_fignums() == []
+    assert set(shown) <= set(written(figure)) and figure.axes[0].get_title(loc="left") == ""
+    on_dials = Counter(text for text in written(figure) if text.isdigit())
+    assert on_dials == Counter(str(digits[name]) for name in shown)
+    right = episode.targets[1].clamp(min=0)
+    assert task.draw(episode, 1, right).axes[0].get_title(loc="left") == "the model: all right"
+    wrong = right.clone()
+    place = int(episode.asked[1].nonzero()[0])
+    wrong[place] = (right[place] + 3) % 10
+    figure = task.draw(episode, 1, wrong)
+    assert figure.axes[0].get_title(loc="left") == f"the model: 1 of {len(asked)} wrong (×)"
+    assert f"×{int(wrong[place])}" in written(figure)
+
+
+def test_dependencies_stand_in_their_columns_with_arrows_between():
+    arrows = {"red": {}, "blue": {"red": "+3"}, "green": {"red": "+", "blue": "+"}}
+    column = {"red": 0, "blue": 1, "green": 2}
+    figure = figures.dependencies({"red": "1", "blue": "4", "green": "5"}, column, arrows, ["green"], {"green": "7"})
+    places = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
+    assert {name: places[name] for name in column} == column
+    assert sum(text.arrow_patch is not None for text in figure.axes[0].texts if hasattr(text, "arrow_patch")) == 3
+    assert {"+3", "×7"} <= set(places) and plt.get_fignums() == []
+
+
+def test_it_is_registered_and_seeded():
+    assert TASKS["math"] is MathReasoning
+    task = MathReasoning()
+    first, again, other = (draw_from(task, 20, seed).windows for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert (task.name, task.scoring, task.depth_name) == ("math", "each", "operations")
+
+
+@pytest.mark.parametrize("batch, depth, message", [(0, None, "batch .* 0"), (2, 0, "depth 0"), (2, 5, "depth 5")])
+def test_a_batch_or_depth_that_cannot_be_is_refused(batch, depth, message):
+    with pytest.raises(ValueError, match=message):
+        draw_from(MathReasoning(), batch, depth=depth)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quantities": 1}, r"quantities must lie in 2\.\.26 .* got 1"),
+        ({"quantities": 27}, r"quantities must lie in 2\.\.26 .* got 27"),
+        ({"quantities": 401, "name_words": 2}, r"quantities must lie in 2\.\.400 .* got 401"),
+        ({"operations": 0}, r"operations must lie in 1\.\.7 for 8 quantities, got 0"),
+        ({"operations": 8}, r"operations must lie in 1\.\.7 for 8 quantities, got 8"),
+        ({"operations": 7, "sums": True}, "7 operations take 9 quantities, got 8"),
+        ({"ask": "all"}, "ask 'all' is unknown: use 'every' or 'one'"),
+        ({"windows": 0}, "windows must be at least 1, got 0"),
+        ({"name_words": 3}, "name_words must be 1 or 2, got 3"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MathReasoning(**settings)
