@@ -22,7 +22,7 @@ class Episode:
 
     windows (b, w, L): slept on one after the other, never scored. prompt (b, p): the prediction window.
     targets (b, p): the right token at every position that asks something, -100 elsewhere. depth (b, p): how many
-    sequential steps the answer needs (t, k, operations), 0 where nothing is asked. All int64.
+    sequential steps the answer needs (t, k, operations), 0 where nothing is asked or nothing is to be done. All int64.
     Raises ValueError for shapes that do not fit together.
     """
 
