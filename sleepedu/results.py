@@ -20,7 +20,12 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
     """
     order = list(MODELS)
     together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (order.index(run.experiment.model), run.experiment.passes, run.name)):
+
+    def place(run: Run) -> tuple:
+        e = run.experiment
+        return order.index(e.model), e.passes, e.carry, e.steps, e.learning_rate, e.seed
+
+    for run in sorted(runs, key=place):
         e = run.experiment
         together[e.task, e.size][label(run)].append(run)
     return {key: dict(together[key]) for key in sorted(together)}
@@ -70,7 +75,10 @@ def markdown(runs: list[Run]) -> str:
                     f"{group[0].settings['train']['steps']:,}",
                     f"{cost[0]['tokens'] / 1e6:.1f}",
                     _range([made["seconds"] / 60 for made in cost]),
-                    *(f"{a.accuracy:.3f} <br> <small>{a.low:.2f}–{a.high:.2f}</small>" for a in tables[name].values()),
+                    *(
+                        f"{a.accuracy:.3f} <br> <small style='white-space: nowrap'>{a.low:.2f}–{a.high:.2f}</small>"
+                        for a in tables[name].values()
+                    ),
                 ]
             )
         constants = [max(table[depth].majority for table in tables.values()) for depth in depths]
