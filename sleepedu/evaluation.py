@@ -7,7 +7,7 @@ import torch
 
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
-from sleepedu.tasks.base import Task
+from sleepedu.tasks.base import Episode, Task
 from sleepedu.training import TESTING, stream
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
@@ -34,9 +34,10 @@ def accuracy_by_depth(
 ) -> Table:
     """Return how often the model is right at every depth of the task, on ``examples`` fresh examples per depth.
 
-    The interval is Wilson's. An example counts once however many questions it asks, because questions about the same
-    graph or row are not independent; where they are, the interval is wider than it need be. Examples never coincide
-    with training's. Raises ValueError for N < 1, examples < 1 or a vocabulary smaller than the task's.
+    An answer of several tokens is right when all of them are. The interval is Wilson's. An example counts once however
+    many questions it asks, because questions about the same graph or row are not independent; where they are, the
+    interval is wider than it need be. Examples never coincide with training's.
+    Raises ValueError for N < 1, examples < 1 or a vocabulary smaller than the task's.
     """
     check_passes(passes)
     if examples < 1:
@@ -46,16 +47,15 @@ def accuracy_by_depth(
     device = model.head.weight.device
     table = {}
     for depth in task.depths:
-        right, counts, most = 0.0, torch.zeros(len(task.words), dtype=torch.long), []
+        right, asked = 0.0, []
         for number, start in enumerate(range(0, examples, batch)):
             generator = stream(seed, TESTING, 10_000 * (depth + 1) + number)
             episode = task.sample(min(batch, examples - start), generator, depth)
             answers = run_episode(model, episode.to(device), passes).argmax(-1).cpu()
             right += _share_right(task, answers == episode.targets, episode.asked).sum().item()
-            counts += torch.bincount(episode.targets[episode.asked], minlength=len(counts))
-            most.append(episode)
-        constant = counts.argmax()
-        by_constant = sum(_share_right(task, e.targets == constant, e.asked).sum().item() for e in most)
+            asked.append(episode)
+        constant = _most_frequent_answer(task, asked)
+        by_constant = sum(_share_right(task, _is_answer(e, constant), e.asked).sum().item() for e in asked)
         low, high = wilson_interval(right / examples, examples)
         table[depth] = Accuracy(right / examples, low, high, examples, by_constant / examples)
     return table
@@ -65,7 +65,24 @@ def _share_right(task: Task, right: torch.Tensor, asked: torch.Tensor) -> torch.
     """Return for every example the share of its answers that count as right: (b,)."""
     if task.scoring == "all":
         return (right | ~asked).all(dim=1).double()
+    # The model reads the right first token before it gives the second; decoding greedily, it would read its own. What
+    # counts is the same: either they are equal, or the answer is wrong already.
+    whole = right[asked].view(-1, task.answer_tokens).all(dim=1)
+    right = right.masked_scatter(asked, whole.repeat_interleave(task.answer_tokens))
     return (right & asked).sum(dim=1) / asked.sum(dim=1).double()
+
+
+def _most_frequent_answer(task: Task, episodes: list[Episode]) -> torch.Tensor:
+    """Return the tokens of the best constant answer, (answer_tokens,)."""
+    answers = torch.cat([e.targets[e.asked] for e in episodes]).view(-1, task.answer_tokens)
+    answers, counts = answers.unique(dim=0, return_counts=True)
+    return answers[counts.argmax()]
+
+
+def _is_answer(episode: Episode, answer: torch.Tensor) -> torch.Tensor:
+    """Return where (b, p) the target is what this answer, given to every question, has there."""
+    answers = answer.repeat(int(episode.asked.sum()) // len(answer))
+    return torch.zeros_like(episode.asked).masked_scatter(episode.asked, episode.targets[episode.asked] == answers)
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:

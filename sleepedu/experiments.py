@@ -62,9 +62,11 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             model={"layout": "ag"},
             train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
         ),
-        # Names of one token; the paper's have one or two.
         ("graph", "paper"): Recipe(
-            task={"nodes": 72, "hops": 16, "queries": 10, "windows": 4, "shortest": 3},
+            task={
+                **{"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3},
+                **{"tested": (1, 2, 4, 8, 16), "name_tokens": 2},
+            },
             model={"layout": "gaga", "width": 512, "heads": 8},
             train={"steps": 100_000, "batch": 128, **PAPER},
         ),

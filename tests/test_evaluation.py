@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, wilso
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 
 GRAPH = GraphRetrieval(nodes=4, hops=3, queries=2)
+NAMED = GraphRetrieval(nodes=3, hops=2, queries=3, tested=(2,), name_tokens=2)
 ROW = CellularAutomaton(cells=5, steps=(1, 2))
 
 
@@ -63,6 +65,36 @@ def test_each_question_counts_by_itself_on_a_graph(make_model, monkeypatch):
     assert accuracy_by_depth(make_model(), GRAPH, 1, examples=30)[1].accuracy == 0.5
 
 
+def test_an_answer_of_two_tokens_is_right_only_if_both_are(make_model, monkeypatch):
+    model, place = make_model(vocabulary=len(NAMED.words)), torch.arange(NAMED.prompt_length)
+    for right, share in (
+        (place % 6 == 3, 0),
+        (place % 6 == 4, 0),
+        ((place % 6 == 3) | (place == 10), 1 / 3),
+        (place != 4, 2 / 3),
+        (place >= 0, 1),
+    ):
+        cheat(monkeypatch, lambda episode, right=right: right)
+        table = accuracy_by_depth(model, NAMED, 1, examples=30)
+        assert list(table) == [2] and table[2].accuracy == pytest.approx(share)
+        assert (table[2].low, table[2].high) == wilson_interval(table[2].accuracy, 30)
+
+
+def test_the_best_constant_answer_is_one_whole_answer(make_model, monkeypatch):
+    class Four(GraphRetrieval):
+        """Four answers of two tokens: two that are alike, and two that share a token with one another."""
+
+        def sample(self, batch, generator, depth=None):
+            episode = super().sample(batch, generator, depth)
+            answers = torch.tensor([[5, 6], [7, 1], [8, 1], [5, 6]]).repeat(batch, 1)
+            return replace(episode, targets=episode.targets.masked_scatter(episode.asked, answers))
+
+    task = Four(nodes=4, hops=1, queries=4, name_tokens=2)
+    cheat(monkeypatch, lambda episode: episode.depth > 0)
+    (only,) = accuracy_by_depth(make_model(vocabulary=len(task.words)), task, 1, examples=20).values()
+    assert only.majority == 0.5
+
+
 def test_a_row_is_right_only_if_all_its_bits_are(make_model, monkeypatch):
     cheat(monkeypatch, lambda episode: torch.arange(ROW.cells) > 0)
     assert accuracy_by_depth(make_model(), ROW, 1, examples=30)[1].accuracy == 0.0
@@ -71,9 +103,9 @@ def test_a_row_is_right_only_if_all_its_bits_are(make_model, monkeypatch):
     assert 0.4 < share < 0.6
 
 
-@pytest.mark.parametrize("task", [GRAPH, ROW], ids=["each", "all"])
+@pytest.mark.parametrize("task", [GRAPH, ROW, NAMED], ids=["each", "all", "two tokens"])
 def test_a_real_model_is_counted_example_by_example(task, make_model, monkeypatch):
-    model, asked, given = make_model("agag"), [], []
+    model, asked, given = make_model("agag", vocabulary=len(task.words)), [], []
     run_episode = evaluation.run_episode
 
     def spy(*arguments):
@@ -90,8 +122,11 @@ def test_a_real_model_is_counted_example_by_example(task, make_model, monkeypatc
             for i in range(len(episode)):
                 where = [p for p in range(task.prompt_length) if episode.targets[i, p] != -100]
                 assert {int(episode.depth[i, p]) for p in where} == {depth}
-                targets.append([int(episode.targets[i, p]) for p in where])
-                answers.append([int(logits[i, p].argmax()) for p in where])
+                starts = where[:: task.answer_tokens]
+                whole = [[p + late for late in range(task.answer_tokens)] for p in starts]
+                assert list(itertools.chain(*whole)) == where
+                targets.append([tuple(int(episode.targets[i, p]) for p in places) for places in whole])
+                answers.append([tuple(int(logits[i, p].argmax()) for p in places) for places in whole])
                 right = [x == y for x, y in zip(answers[-1], targets[-1], strict=True)]
                 shares.append(all(right) if task.scoring == "all" else sum(right) / len(right))
         assert table[depth].accuracy == pytest.approx(sum(shares) / 25)

@@ -92,7 +92,8 @@ def test_every_experiment_has_its_own_name_and_fingerprint():
 
 def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
     changed = {
-        "task": {"nodes": 7, "hops": 2, "queries": 5, "windows": 2, "shortest": 4},
+        "task": {"nodes": 7, "hops": 2, "queries": 5, "windows": 2, "shortest": 4}
+        | {"tested": (1, 2), "name_tokens": 2},
         "model": {"layout": "ga", "width": 16, "heads": 4, "key_size": 3, "value_size": 3, "mlp_ratio": 3.0}
         | {"convolution": 3, "write_range": 1.0, "positions": 12},
         "train": {"steps": 299, "batch": 63, "learning_rate": 0.02, "adam_learning_rate": 0.01, "warmup": 49}

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -18,15 +19,19 @@ def draw_from(task, batch=200, seed=0, depth=None) -> Episode:
 
 
 def words_of(task, tokens) -> list[str]:
-    return [task.words[token] for token in tokens.flatten().tolist()]
+    words = task.words
+    return [words[token] for token in tokens.flatten().tolist()]
 
 
 # Every task
 
 
-@pytest.fixture(params=TASKS, ids=str)
+LONG_NAMES = GraphRetrieval(nodes=9, hops=3, queries=5, windows=4, shortest=3, name_tokens=2)
+
+
+@pytest.fixture(params=[*TASKS, LONG_NAMES], ids=str)
 def task(request):
-    return TASKS[request.param]()
+    return TASKS[request.param]() if isinstance(request.param, str) else request.param
 
 
 def test_an_episode_has_the_shape_the_task_announces(task):
@@ -101,49 +106,175 @@ def test_tensors_that_make_no_episode_are_named(name):
 # Graph retrieval
 
 
+DEPO = GraphRetrieval(nodes=75, hops=16, queries=10, windows=4, shortest=3, tested=(1, 2, 4, 8, 16), name_tokens=2)
 GRAPHS = [
     GraphRetrieval(),
     GraphRetrieval(nodes=3, hops=2, queries=1),
     GraphRetrieval(nodes=30, hops=16, queries=10, windows=5),
     GraphRetrieval(nodes=12, hops=11, queries=4, windows=3, shortest=3),
+    GraphRetrieval(nodes=9, hops=4, queries=4, windows=2, shortest=3),
+    LONG_NAMES,
+    GraphRetrieval(nodes=3, hops=2, queries=4, name_tokens=2),
+    GraphRetrieval(nodes=27, hops=20, queries=3, windows=4, shortest=3, tested=(2,), name_tokens=2),
+    GraphRetrieval(nodes=60, hops=8, queries=30, windows=3, name_tokens=2),
+    DEPO,
 ]
 
 
-def read_edges(task, windows) -> dict[str, str]:
-    """Return the node after every node, from the words of one example; padding must stand on the left."""
-    words = words_of(task, windows)
+def read_names(words: list[str]) -> list[str]:
+    """Return the names that tokens without separators spell: a capital letter ends one; padding stands on the left."""
+    words = list(words)
     while words[0] == "_":
         del words[0]
-    assert "_" not in words and len(words) % 2 == 0
-    edges = dict(zip(words[::2], words[1::2], strict=True))
-    assert len(edges) == len(words) // 2
+    names, begun = [], ""
+    for word in words:
+        begun += word
+        if word[0].isupper():
+            names.append(begun)
+            begun = ""
+    assert not begun and "_" not in "".join(names)
+    return names
+
+
+def read_edges(task, windows) -> dict[str, str]:
+    """Return the node after every node, from the words of one example."""
+    names = read_names(words_of(task, windows))
+    assert len(names) % 2 == 0
+    edges = dict(zip(names[::2], names[1::2], strict=True))
+    assert len(edges) == len(names) // 2
     return edges
+
+
+def read_questions(task, prompt, targets) -> list[tuple[int, str, str]]:
+    """Return k, the node a question starts from and its right answer, for every question of one example."""
+    words, targets, known = words_of(task, prompt), targets.tolist(), task.words
+    size, questions = len(words) // task.queries, []
+    for first in range(0, len(words), size):
+        question, wanted = words[first : first + size], targets[first : first + size]
+        if size == 2:
+            k, start = question
+            scored = wanted[1:]
+        else:
+            k, *start, mark, b1, b2 = question
+            scored = wanted[3:5]
+            assert mark == "?" and [b1, b2] == [known[token] for token in scored]
+            start = "".join(start).removesuffix("_")
+        assert wanted.count(UNSCORED) == len(wanted) - len(scored)
+        questions.append((int(k), start, "".join(known[token] for token in scored).removesuffix("_")))
+    return questions
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("depth", [None, 2])
 def test_graph_answers_are_what_walking_the_edges_finds(graph, depth):
-    episode = draw_from(graph, 100, depth=depth)
-    successors = graph.successors(episode)
-    for i in range(100):
+    episode = draw_from(graph, 500, depth=depth)
+    successors, names = graph.successors(episode), graph.names
+    lengths = set()
+    for i in range(500):
         edges = read_edges(graph, episode.windows[i])
         node, visited = next(iter(edges)), set()
         while node not in visited:
             visited.add(node)
             node = edges[node]
         assert visited == set(edges), "the edges are not one cycle"
-        assert len(edges) == graph.nodes or (graph.shortest and depth is None and len(edges) >= graph.shortest)
-        known = {a: -1 if b < 0 else graph.words[b] for a, b in zip(graph.words, successors[i].tolist(), strict=False)}
-        assert known == {name: edges.get(name, -1) for name in graph.words[: graph.nodes]}
-        prompt, targets = words_of(graph, episode.prompt[i]), episode.targets[i].tolist()
-        for position in range(0, graph.prompt_length, 2):
-            k, node = int(prompt[position]), prompt[position + 1]
-            assert episode.depth[i, position + 1] == k and (depth is None or k == depth)
-            start = node
+        lengths.add(len(edges))
+        known = {a: names[b] for a, b in zip(names, successors[i].tolist(), strict=True) if b >= 0}
+        assert known == edges
+        depths = episode.depth[i][episode.asked[i]].tolist()[:: graph.answer_tokens]
+        questions = read_questions(graph, episode.prompt[i], episode.targets[i])
+        for (k, start, answer), announced in zip(questions, depths, strict=True):
+            assert announced == k and (depth is None or k == depth)
+            node = start
             for _ in range(k):
                 node = edges[node]
-            assert targets[position] == UNSCORED and graph.words[targets[position + 1]] == node
+            assert answer == node
             assert k >= len(edges) or node != start
+    assert min(lengths) == (graph.shortest if graph.shortest and depth is None else graph.nodes)
+    assert max(lengths) <= graph.nodes
+    assert not episode.depth[~episode.asked].any()
+
+
+def test_the_papers_form_of_depo():
+    assert (DEPO.windows, DEPO.window, DEPO.prompt_length, DEPO.depths) == (4, 75, 60, (1, 2, 4, 8, 16))
+    assert len(set(DEPO.words)) == len(DEPO.words) == 50 + 16 + 2  # tokens of names, hops, "?" and padding
+    episode = draw_from(DEPO, 1000)
+    assert set(episode.depth[episode.asked].tolist()) == set(range(1, 17)), "training asks for every k"
+    with pytest.raises(ValueError, match=r"no depth 3: use one of \[1, 2, 4, 8, 16\]"):
+        draw_from(DEPO, 5, depth=3)
+    with pytest.raises(ValueError, match="no depth 17"):
+        draw_from(DEPO, 5, depth=17)
+
+
+def test_names_are_different_and_half_of_them_or_25_have_one_token():
+    for graph in (DEPO, LONG_NAMES):
+        episode, seen = draw_from(graph, 400), []
+        for i in range(400):
+            names = list(read_edges(graph, episode.windows[i]))
+            assert len(set(names)) == len(names)
+            assert sum(len(name) == 1 for name in names) == min(len(names) // 2, 25)
+            assert {len(name) for name in names} == {1, 2}
+            seen.append(frozenset(names))
+        assert len(set(seen)) > 395, "every example draws its names anew"
+
+
+def test_all_names_are_as_likely_in_all_places():
+    graph = GraphRetrieval(nodes=10, hops=2, queries=3, name_tokens=2)
+    episode = draw_from(graph, 20_000)
+    starts, short_after_short, next_goes_on = [], [], []
+    for row in episode.windows[:4000]:
+        edges = read_edges(graph, row)
+        starts += edges
+        short_after_short += [len(after) == 1 for node, after in edges.items() if len(node) == 1]
+        next_goes_on += [after == node for after, node in zip(list(edges.values())[:-1], list(edges)[1:], strict=True)]
+    assert sum(short_after_short) / len(short_after_short) == pytest.approx(4 / 9, abs=0.015)
+    assert sum(next_goes_on) / len(next_goes_on) == pytest.approx(1 / 9, abs=0.01)
+    assert {len(name) for name in starts} == {1, 2} and len(set(starts)) == len(graph.names) == 650
+    for tokens in (episode.prompt[:, 1::6], episode.targets[:, 3::6]):
+        share = torch.bincount(tokens.flatten(), minlength=50) / tokens.numel()
+        torch.testing.assert_close(share, torch.full((50,), 1 / 50), rtol=0, atol=0.003)
+    second = episode.targets[:, 4::6].flatten()
+    share = torch.bincount(second, minlength=len(graph.words)) / len(second)
+    assert share[-1] == pytest.approx(0.5, abs=0.01) and share[:25].sum() == pytest.approx(0.5, abs=0.01)
+
+
+def test_edges_and_names_straddle_windows():
+    for graph, names_too in ((DEPO, True), (LONG_NAMES, True), (GraphRetrieval(nodes=9, hops=1, windows=2), False)):
+        episode = draw_from(graph, 300, depth=1)
+        edges_cut = names_cut = 0
+        for row in episode.windows:
+            flat = words_of(graph, row)
+            names = read_names(flat)
+            ends = list(itertools.accumulate((len(name) for name in names), initial=len(flat) - len("".join(names))))
+            for cut in range(graph.window, len(flat), graph.window):
+                edges_cut += cut > ends[0] and cut not in ends[::2]
+                names_cut += cut > ends[0] and cut not in ends
+        assert edges_cut >= 100 and (names_cut >= 50) == names_too
+
+
+@pytest.mark.parametrize("graph", [DEPO, GraphRetrieval(nodes=6, hops=3, queries=10, shortest=3, name_tokens=2)])
+def test_no_question_starts_where_another_did_whose_answer_is_in_the_prompt(graph):
+    episode = draw_from(graph, 300)
+    for i in range(300):
+        starts = [start for _, start, _ in read_questions(graph, episode.prompt[i], episode.targets[i])]
+        nodes = len(read_edges(graph, episode.windows[i]))
+        assert len(set(starts)) == min(nodes, graph.queries)
+        assert len(set(starts[:nodes])) == len(starts[:nodes])
+
+
+def test_a_drawing_joins_the_tokens_of_a_name_and_shows_any_answer():
+    graph = GraphRetrieval(nodes=8, hops=3, queries=8, name_tokens=2)
+    episode = draw_from(graph, 3)
+    for query, (k, start, answer) in enumerate(read_questions(graph, episode.prompt[2], episode.targets[2])):
+        given = episode.targets[2].clamp(min=0)
+        axes = graph.draw(episode, 2, given, query).axes[0]
+        walk = f"{k} hop{'s' * (k > 1)} after {start}: {answer}"
+        assert axes.get_title("left") == f"{walk}   the model says {answer} (right)"
+        shown = {text.get_text() for text in axes.texts} - {""}
+        assert shown == set(read_edges(graph, episode.windows[2]))
+        for b1, b2, said in (("_", "+1", "_+1"), ("a", "_", "a"), ("_", "_", "_")):
+            given[6 * query + 3], given[6 * query + 4] = graph.words.index(b1), graph.words.index(b2)
+            title = graph.draw(episode, 2, given, query).axes[0].get_title("left")
+            assert title == f"{walk}   the model says {said} (wrong)"
 
 
 def test_edges_are_shuffled_and_starts_are_uniform():
@@ -156,8 +287,9 @@ def test_edges_are_shuffled_and_starts_are_uniform():
         torch.testing.assert_close(share, torch.full((6,), 1 / 6), rtol=0, atol=0.025)
 
 
-def test_lengths_of_cycles_are_drawn_like_depo():
-    graph = GraphRetrieval(nodes=10, hops=2, queries=1, shortest=4)
+@pytest.mark.parametrize("name_tokens", [1, 2])
+def test_lengths_of_cycles_are_drawn_like_depo(name_tokens):
+    graph = GraphRetrieval(nodes=10, hops=2, queries=1, shortest=4, name_tokens=name_tokens)
     lengths = (graph.successors(draw_from(graph, 20_000)) >= 0).sum(dim=1)
     weights = torch.tensor([0.0] * 4 + [1 / (n + 10**0.5) for n in range(4, 11)])
     torch.testing.assert_close(torch.bincount(lengths) / 20_000, weights / weights.sum(), rtol=0, atol=0.015)
@@ -167,21 +299,35 @@ def test_lengths_of_cycles_are_drawn_like_depo():
     "settings",
     [
         {"nodes": 2},
+        {"nodes": 651, "name_tokens": 2},
         {"hops": 0},
         {"hops": 12},
         {"queries": 0},
         {"windows": 0},
         {"windows": 5},
+        {"windows": 9, "name_tokens": 2},
         {"shortest": 2},
         {"shortest": 13},
         {"shortest": -1},
+        {"name_tokens": 0},
+        {"name_tokens": 3},
+        {"tested": (0, 1)},
+        {"tested": (1, 9)},
+        {"tested": (2, 2)},
     ],
     ids=str,
 )
 def test_wrong_graph_settings_are_named(settings):
-    ((name, value),) = settings.items()
-    with pytest.raises(ValueError, match=rf"{name}.* {value}\b|\b{value} {name}"):
+    name, value = next(iter(settings.items()))
+    value = re.escape(str(value))
+    with pytest.raises(ValueError, match=rf"{name}.* {value}(?!\d)|\b{value} {name}"):
         GraphRetrieval(**settings)
+
+
+@pytest.mark.parametrize("name_tokens, nodes", [(1, 700), (2, 650)])
+def test_as_many_nodes_as_there_are_names(name_tokens, nodes):
+    graph = GraphRetrieval(nodes=nodes, name_tokens=name_tokens)
+    assert len(read_edges(graph, draw_from(graph, 1).windows[0])) == nodes
 
 
 # Cellular automata

@@ -57,13 +57,15 @@ class Task(ABC):
     """The interface of every task; a frozen dataclass whose fields are its settings.
 
     name: as on the command line. scoring: "each" when every question counts by itself, "all" when an example is
-    right only if all its answers are. ``words``: what every token id stands for. ``depths``: the depths it can ask.
+    right only if all its answers are. answer_tokens: how many scored tokens, one after the other, make up one answer;
+    it is right when all of them are. ``words``: what every token id stands for. ``depths``: the depths it can ask.
     ``windows`` x ``window``: how many windows, of how many tokens.
     """
 
     name: str
     scoring: str
     depth_name: str
+    answer_tokens: int = 1
 
     @property
     @abstractmethod

@@ -11,16 +11,28 @@ from torch import Tensor
 
 from sleepedu.tasks.base import UNSCORED, Episode, Task
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ENDERS = 25  # tokens that end a name, alone or after one of as many that begin it: ids 0..24, and 25..49
+NAMES = ENDERS + ENDERS**2  # how many names of one or two tokens there are
+
 
 @dataclass(frozen=True)
 class GraphRetrieval(Task):
     """A cycle of ``nodes`` nodes as shuffled "from to" pairs over ``windows`` windows, then questions "k a" -> node.
 
-    nodes: n, one token each. hops: the largest k asked; k is uniform in 1..hops. queries: questions an example.
-    windows: how many windows the edges are spread over. shortest: in training the cycle's length is drawn from
-    shortest..nodes with p(n) ~ 1 / (n + sqrt(nodes)), as in Depo, and shorter cycles are padded on the left; with a
-    depth given, as in every test, all cycles have full length. 0 means full length always. Depth is k.
-    Raises ValueError for a cycle below 3 nodes, hops outside 1..n-1, or edges that do not fill the windows evenly.
+    nodes: n. hops: the largest k asked; k is uniform in 1..hops. queries: questions an example. windows: how many the
+    edges are cut into, wherever the cuts fall. shortest: in training the cycle's length is drawn from shortest..nodes
+    with p(n) ~ 1 / (n + sqrt(nodes)), as in Depo, and shorter cycles are padded on the left; with a depth given, as in
+    every test, all cycles have full length. 0 means full length always. Depth is k. tested: the k that ``depths``
+    tells; () means 1..hops.
+    name_tokens: 1 for nodes that are tokens, 2 for Depo's names of one or two from a vocabulary of 50. The paper does
+    not say how one tells where a name ends. Here its last token does, as in Depo's published generator: 25 tokens end
+    a name, alone or after one of the 25 that begin it, so there are 25 names of one token and 625 of two. Every
+    example draws its names anew: of one token for half of its nodes, or for 25 where that is less. A question takes
+    six tokens, "k a1 a2 ? b1 b2", with padding after a name of one; "?" asks for b1, and b1 for b2. No two questions
+    of an example start from the same node while there are others.
+    Raises ValueError for a cycle below 3 nodes or above the number of names, hops outside 1..n-1, edges that do not
+    fill the windows evenly, or other settings outside these.
     """
 
     nodes: int = 12
@@ -28,61 +40,107 @@ class GraphRetrieval(Task):
     queries: int = 12
     windows: int = 1
     shortest: int = 0
+    tested: tuple[int, ...] = ()
+    name_tokens: int = 1
 
     name = "graph"
     scoring = "each"
     depth_name = "hops k"
 
     def __post_init__(self):
+        if self.name_tokens not in (1, 2):
+            raise ValueError(f"name_tokens must be 1 or 2, got {self.name_tokens}")
         if self.nodes < 3:
             raise ValueError(f"nodes must be at least 3, got {self.nodes}")
+        if self.name_tokens == 2 and self.nodes > NAMES:
+            raise ValueError(f"nodes must lie in 3..{NAMES} with names of two tokens, got {self.nodes}")
         if not 1 <= self.hops < self.nodes:
             raise ValueError(f"hops must lie in 1..{self.nodes - 1} on a cycle of {self.nodes} nodes, got {self.hops}")
         if self.queries < 1:
             raise ValueError(f"queries must be at least 1, got {self.queries}")
-        if self.windows < 1 or self.nodes % self.windows:
-            raise ValueError(f"{self.nodes} edges do not spread evenly over {self.windows} windows")
+        if self.windows < 1 or self._tokens % self.windows:
+            raise ValueError(
+                f"{self.nodes} edges of {2 * self.name_tokens} tokens do not spread evenly over {self.windows} windows"
+            )
         if self.shortest and not 3 <= self.shortest <= self.nodes:
             raise ValueError(f"shortest must be 0 or lie in 3..{self.nodes}, got {self.shortest}")
+        if len(set(self.tested)) < len(self.tested) or not set(self.tested) <= set(range(1, self.hops + 1)):
+            raise ValueError(f"tested must be different numbers of hops in 1..{self.hops}, got {self.tested}")
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Node names first (their ids are 0..n-1), then one word for every number of hops, then padding."""
-        names = tuple(_node_name(node) for node in range(self.nodes))
-        return (*names, *(f"+{k}" for k in self.depths), "_")
+        """What names are made of first, then one word for every number of hops, "?" with two tokens, and padding."""
+        hops = tuple(f"+{k}" for k in range(1, self.hops + 1))
+        if self.name_tokens == 1:
+            return (*self.names, *hops, "_")
+        enders = LETTERS[:ENDERS]
+        return (*enders, *enders.lower(), *hops, "?", "_")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names a node can have: one token each, then (with name_tokens 2) by their first and second token."""
+        if self.name_tokens == 1:
+            return tuple(_node_name(node) for node in range(self.nodes))
+        enders = LETTERS[:ENDERS]
+        return (*enders, *(beginner + ender for beginner in enders.lower() for ender in enders))
 
     @property
     def depths(self) -> tuple[int, ...]:
-        return tuple(range(1, self.hops + 1))
+        return tuple(self.tested or range(1, self.hops + 1))
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.name_tokens
 
     @property
     def window(self) -> int:
-        return 2 * self.nodes // self.windows
+        return self._tokens // self.windows
 
     @property
     def prompt_length(self) -> int:
-        return 2 * self.queries
+        return self.queries * (2 if self.name_tokens == 1 else 6)
+
+    @property
+    def _tokens(self) -> int:
+        """The most tokens the edges can take."""
+        return 2 * self.nodes * self.name_tokens
+
+    @property
+    def _scored(self) -> slice:
+        """Where in a question the answer is asked for."""
+        return slice(1, 2) if self.name_tokens == 1 else slice(3, 5)
 
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
+        padding, row = len(self.words) - 1, torch.arange(batch)[:, None]
         place = torch.arange(self.nodes)
         length = self._lengths(batch, generator, depth)[:, None]
-        cycle = torch.rand(batch, self.nodes, generator=generator).argsort(dim=1)  # node at every place of the ring
+        cycle = self._draw_cycle(length, generator)
         shuffled = torch.rand(batch, self.nodes, generator=generator)
         order = shuffled.masked_fill(place >= length, -1.0).argsort(dim=1)  # edges by place; what is no edge first
-        edges = torch.stack((cycle.gather(1, order), cycle.gather(1, (order + 1) % length)), dim=-1)
-        edges[order >= length] = len(self.words) - 1
-        start = (torch.rand(batch, self.queries, generator=generator) * length).long()
+        edges = torch.cat((cycle[row, order], cycle[row, (order + 1) % length]), dim=-1)
+        edges[order >= length] = padding
+        if self.name_tokens == 1:
+            start = (torch.rand(batch, self.queries, generator=generator) * length).long()
+        else:
+            # The prompt holds the answers, so a node that was asked about before would be one to copy.
+            starts = torch.rand(batch, self.nodes, generator=generator).masked_fill(place >= length, 1.0).argsort(dim=1)
+            start = starts.gather(1, torch.arange(self.queries) % length)
         k = torch.randint(1, self.hops + 1, (batch, self.queries), generator=generator)
         if depth is not None:
             k = torch.full_like(k, depth)
-        prompt = torch.stack((self.nodes + k - 1, cycle.gather(1, start)), dim=-1)
-        answer = cycle.gather(1, (start + k) % length)
+        answer = cycle[row, (start + k) % length]
+        prompt = [(self.words.index("+1") + k - 1)[..., None], cycle[row, start]]
+        if self.name_tokens == 2:
+            prompt += [torch.full((batch, self.queries, 1), padding - 1), answer]
+        prompt = torch.cat(prompt, dim=-1)
+        targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
+        targets[..., self._scored], depths[..., self._scored] = answer, k[..., None]
         return Episode(
-            windows=edges.view(batch, self.windows, self.window),
+            windows=_to_the_right(edges.flatten(1), padding).view(batch, self.windows, self.window),
             prompt=prompt.flatten(1),
-            targets=torch.stack((torch.full_like(answer, UNSCORED), answer), dim=-1).flatten(1),
-            depth=torch.stack((torch.zeros_like(k), k), dim=-1).flatten(1),
+            targets=targets.flatten(1),
+            depth=depths.flatten(1),
         )
 
     def _lengths(self, batch: int, generator: torch.Generator, depth: int | None) -> Tensor:
@@ -92,26 +150,68 @@ class GraphRetrieval(Task):
         weights = 1 / (choices + self.nodes**0.5)
         return choices[torch.multinomial(weights, batch, replacement=True, generator=generator)]
 
+    def _draw_cycle(self, length: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the name at every place of the ring, (b, nodes, name_tokens), for rings of ``length`` (b, 1)."""
+        place, shuffled = torch.arange(self.nodes), torch.rand(len(length), self.nodes, generator=generator)
+        if self.name_tokens == 1:
+            return shuffled.argsort(dim=1)[..., None]
+        most = self.nodes - min(self.nodes // 2, ENDERS)
+        short = (length // 2).clamp(max=ENDERS)
+        shorts = torch.rand(len(length), ENDERS, generator=generator).argsort(dim=1)
+        longs = torch.rand(len(length), ENDERS**2, generator=generator).topk(most).indices + ENDERS
+        name = torch.where(
+            place < short,
+            shorts[:, place.clamp(max=ENDERS - 1)],
+            longs.gather(1, (place - short).clamp(0, most - 1)),
+        ).gather(1, shuffled.masked_fill(place >= length, 1.0).argsort(dim=1))
+        alone = name < ENDERS
+        first = torch.where(alone, name, ENDERS + name // ENDERS - 1)
+        return torch.stack((first, torch.where(alone, len(self.words) - 1, name % ENDERS)), dim=-1)
+
     def successors(self, episode: Episode) -> Tensor:
-        """Return the node after every node, (b, nodes), read off the windows; -1 for a node that is not there."""
-        edges = episode.windows.flatten(1).unflatten(1, (self.nodes, 2))
-        following = torch.full((len(episode), len(self.words)), -1)
-        return following.scatter_(1, edges[..., 0], edges[..., 1])[:, : self.nodes]
+        """Return the node after every node, (b, names), read off the windows; -1 for a node that is not there."""
+        tokens = episode.windows.flatten(1)
+        last = tokens < (self.nodes if self.name_tokens == 1 else ENDERS)
+        if self.name_tokens == 2:
+            before = tokens.roll(1, dims=1)  # the very last token comes first, but it begins no name
+            begins = (before >= ENDERS) & (before < 2 * ENDERS)
+            tokens = tokens + ENDERS * (before - ENDERS + 1).where(begins, 0)
+        edges = tokens[last].view(-1, 2)
+        row = last.nonzero()[::2, 0]
+        following = torch.full((len(episode), len(self.names)), -1)
+        following[row, edges[:, 0]] = edges[:, 1]
+        return following
 
     def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None, query: int = 0):
         """Draw the ring of example ``index`` with the walk of one query, and the answer given where there is one."""
         from sleepedu import figures
 
         self.check(episode)
-        following = self.successors(episode)[index].tolist()
-        position = 2 * query + 1
-        walk = [int(episode.prompt[index, position])]
-        for _ in range(int(episode.depth[index, position])):
+        following, names = self.successors(episode)[index].tolist(), list(self.names)
+        prompt, depth = (t[index].reshape(self.queries, -1)[query] for t in (episode.prompt, episode.depth))
+        walk = [names.index(self._spell(prompt[1 : 1 + self.name_tokens]))]
+        for _ in range(int(depth[self._scored.start])):
             walk.append(following[walk[-1]])
-        answer = None if answers is None else int(answers[position])
-        return figures.ring(following, self.words[: self.nodes], walk, answer)
+        answer = None
+        if answers is not None:
+            names.append(
+                self._spell(answers.reshape(self.queries, -1)[query, self._scored])
+            )  # a model may also answer what is no name
+            answer = names.index(names[-1])
+        return figures.ring(following, names, walk, answer)
+
+    def _spell(self, tokens: Tensor) -> str:
+        spelt = "".join(self.words[token] for token in tokens.tolist())
+        return spelt.removesuffix("_") or "_"
+
+
+def _to_the_right(tokens: Tensor, padding: int) -> Tensor:
+    """Move all padding of every row (b, t) to its left."""
+    kept = tokens != padding
+    room = torch.arange(tokens.shape[1]) >= (~kept).sum(dim=1, keepdim=True)
+    return torch.full_like(tokens, padding).masked_scatter(room, tokens[kept])
 
 
 def _node_name(node: int) -> str:
-    letter = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[node % 26]
+    letter = LETTERS[node % 26]
     return letter if node < 26 else f"{letter}{node // 26}"
