@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sleepedu import distributed
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
-from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.base import Episode, Task
 
 TRAINING, TESTING = 0, 1  # the two streams of examples; they never share a seed
 
@@ -269,11 +269,11 @@ def tokens_per_example(task: Task) -> int:
 
 
 def majority_loss(task: Task) -> float:
-    """Return the loss of the best constant answer: the entropy of the targets over 4,096 examples, in nats."""
-    targets = task.sample(4096, stream(0, TESTING, 0)).targets
-    share = torch.bincount(targets[targets != UNSCORED]).double()
-    share = share[share > 0] / share.sum()
-    return round(float(-(share * share.log()).sum()), 5)
+    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples."""
+    episode = task.sample(4096, stream(0, TESTING, 0))
+    answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
+    share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
+    return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)
 
 
 class Checkpoint:

@@ -26,7 +26,7 @@ class GraphRetrieval(Task):
     every test, all cycles have full length. 0 means full length always. Depth is k. tested: the k that ``depths``
     tells; () means 1..hops.
     name_tokens: 1 for nodes that are tokens, 2 for Depo's names of one or two from a vocabulary of 50. The paper does
-    not say how one tells where a name ends. Here its last token does, as in Depo's published generator: 25 tokens end
+    not say how one tells where a name ends. Here its last token does: 25 tokens end
     a name, alone or after one of the 25 that begin it, so there are 25 names of one token and 625 of two. Every
     example draws its names anew: of one token for half of its nodes, or for 25 where that is less. A question takes
     six tokens, "k a1 a2 ? b1 b2", with padding after a name of one; "?" asks for b1, and b1 for b2. No two questions
