@@ -130,3 +130,11 @@ class Task(ABC):
             raise ValueError(f"batch must be at least 1, got {batch}")
         if depth is not None and depth not in self.depths:
             raise ValueError(f"the {self.name} task has no depth {depth}: use one of {list(self.depths)}")
+
+
+def pad_left(tokens: Tensor, length: int, padding: int) -> Tensor:
+    """Return the tokens of every row (b, any) that are no padding, at the right end of a row of ``length``."""
+    kept = tokens != padding
+    text = torch.full((len(tokens), length), padding)
+    text[torch.arange(length) >= length - kept.sum(dim=1, keepdim=True)] = tokens[kept]
+    return text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.base import UNSCORED, Episode, Task, pad_left
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ENDERS = 25  # tokens that end a name, alone or after one of as many that begin it: ids 0..24, and 25..49
@@ -137,7 +137,7 @@ class GraphRetrieval(Task):
         targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
         targets[..., self._scored], depths[..., self._scored] = answer, k[..., None]
         return Episode(
-            windows=_to_the_right(edges.flatten(1), padding).view(batch, self.windows, self.window),
+            windows=pad_left(edges.flatten(1), self._tokens, padding).view(batch, self.windows, self.window),
             prompt=prompt.flatten(1),
             targets=targets.flatten(1),
             depth=depths.flatten(1),
@@ -194,22 +194,14 @@ class GraphRetrieval(Task):
             walk.append(following[walk[-1]])
         answer = None
         if answers is not None:
-            names.append(
-                self._spell(answers.reshape(self.queries, -1)[query, self._scored])
-            )  # a model may also answer what is no name
-            answer = names.index(names[-1])
+            spelt = self._spell(answers.reshape(self.queries, -1)[query, self._scored])
+            names.append(spelt)  # a model may also answer what is no name
+            answer = names.index(spelt)
         return figures.ring(following, names, walk, answer)
 
     def _spell(self, tokens: Tensor) -> str:
         spelt = "".join(self.words[token] for token in tokens.tolist())
         return spelt.removesuffix("_") or "_"
-
-
-def _to_the_right(tokens: Tensor, padding: int) -> Tensor:
-    """Move all padding of every row (b, t) to its left."""
-    kept = tokens != padding
-    room = torch.arange(tokens.shape[1]) >= (~kept).sum(dim=1, keepdim=True)
-    return torch.full_like(tokens, padding).masked_scatter(room, tokens[kept])
 
 
 def _node_name(node: int) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.base import UNSCORED, Episode, Task, pad_left
 
 COLOURS = (
     *("red", "blue", "green", "gold", "pink", "grey", "black", "white", "brown", "orange", "purple", "violet", "amber"),
@@ -127,7 +127,8 @@ class MathReasoning(Task):
             targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self._id("="))
             before, after = (torch.tensor(self.encode(words)).expand(batch, -1) for words in ("what does", "show ?"))
             sentences = torch.cat((before, names[row, asked].flatten(1), after, sentences), dim=1)
-        return Episode(self._padded(sentences), prompt, targets, depths)
+        text = pad_left(sentences, self.windows * self.window, self._id("_"))
+        return Episode(text.view(batch, self.windows, self.window), prompt, targets, depths)
 
     def _id(self, word: str) -> int:
         return self.words.index(word)
@@ -157,13 +158,6 @@ class MathReasoning(Task):
         if self.sums:
             template += [only(plus, "plus"), only(plus, names[row, graph.second])]
         return torch.cat((*template, only(always, ".")), dim=-1)
-
-    def _padded(self, tokens: Tensor) -> Tensor:
-        """Close the gaps in tokens (b, any) and cut them into windows, with all padding on the left."""
-        word, length = tokens != self._id("_"), self.windows * self.window
-        text = torch.full((len(tokens), length), self._id("_"))
-        text[torch.arange(length) >= length - word.sum(dim=1, keepdim=True)] = tokens[word]
-        return text.view(len(tokens), self.windows, self.window)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text: lower-cased words and punctuation. Raises ValueError for a word not in words."""
