@@ -85,18 +85,23 @@ class FastWeightMixer(nn.Module):
             self.gates.bias[heads:] = 0.0
 
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
+        with torch.autocast(x.device.type, enabled=False):
+            o, S = gated_delta_chunked(q, k, v, log_a, b, S)
+            o = rms_norm(o, self.norm)
+        return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
+
+    def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> tuple[Tensor, ...]:
+        """Return what the rule gets of every token of x: q, k, v (b, h, l, size), log a, b (b, h, l); and the gate."""
         mixed, gate = self.project(x).split((self.mixed, self.heads * self.value_size), dim=-1)
         mixed = self.convolve(mixed, cache)
         sizes = (self.heads * self.key_size,) * 2 + (self.heads * self.value_size,)
         q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in mixed.split(sizes, dim=-1))
-        forget, write = rearrange(self.gates(x).to(S.dtype), "b l (two h) -> two b h l", two=2)
+        forget, write = rearrange(self.gates(x).to(dtype), "b l (two h) -> two b h l", two=2)
         log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)
         b = self.write_range * write.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
-            q, k = unit_length(q.to(S.dtype)), unit_length(k.to(S.dtype))
-            o, S = gated_delta_chunked(q, k, v.to(S.dtype), log_a, b, S)
-            o = rms_norm(o, self.norm)
-        return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
+            return unit_length(q.to(dtype)), unit_length(k.to(dtype)), v.to(dtype), log_a, b, gate
 
     def convolve(self, x: Tensor, cache: WindowCache | None) -> Tensor:
         """Mix every channel with its last few tokens, then SiLU; a window starts with nothing before it."""

@@ -31,10 +31,14 @@ class SleepTrace:
 
     S[window][n] is the fast weights after pass n, a tuple over fast-weight layers of (b, heads, d_v, d_k); n = 0 is
     before the sleep. h[window][n - 1] is (layers, b, l, w), the hidden states after every block in pass n.
+    a and b, both [window][n - 1], are what every token kept of S and how strongly it wrote in pass n, (fast-weight
+    layers, b, heads, l).
     """
 
     S: list[list[FastWeights]] = field(default_factory=list)
     h: list[list[Tensor]] = field(default_factory=list)
+    a: list[list[Tensor]] = field(default_factory=list)
+    b: list[list[Tensor]] = field(default_factory=list)
 
     def norms(self, window: int = -1) -> Tensor:
         """Return the Frobenius norm of S, mean over the batch: (passes + 1, fast-weight layers)."""
@@ -56,17 +60,31 @@ class SleepTrace:
         h = torch.stack(self.h[window]).float().flatten(2)  # (passes, layers, b * l * w)
         return (h[1:] - h[:-1]).norm(dim=-1) / h[1:].norm(dim=-1)
 
+    def _begin(self, S: FastWeights) -> None:
+        self.S.append([tuple(matrix.detach() for matrix in S)])
+        for kept in (self.h, self.a, self.b):
+            kept.append([])
+
     @contextmanager
     def _watch(self, model: SleepLM) -> Iterator[None]:
         seen = []
-        hooks = [block.register_forward_hook(lambda *call: seen.append(call[-1])) for block in model.layers]
+        hooks = [block.register_forward_hook(lambda *call: seen.append(call)) for block in model.layers]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        self.h[-1].append(torch.stack([h.detach() for h, _ in seen]))
-        self.S[-1].append(tuple(S.detach() for _, S in seen if S is not None))
+        self.h[-1].append(torch.stack([h.detach() for *_, (h, _) in seen]))
+        self.S[-1].append(tuple(S.detach() for *_, (_, S) in seen if S is not None))
+        with torch.no_grad():
+            gates = [
+                block.mixer.rule_inputs(block.mixer_norm(entering[0]), S.dtype)[3:5]
+                for block, entering, (_, S) in seen
+                if S is not None
+            ]
+        log_a, b = (torch.stack(values) for values in zip(*gates, strict=True)) if gates else (torch.empty(0),) * 2
+        self.a[-1].append(log_a.exp())
+        self.b[-1].append(b)
 
 
 def _norm(S: Tensor) -> Tensor:
@@ -92,8 +110,7 @@ def sleep(
     embedding = model.embed(tokens)
     S = model.empty_fast_weights(len(tokens)) if S is None else S
     if trace is not None:
-        trace.S.append([tuple(matrix.detach() for matrix in S)])
-        trace.h.append([])
+        trace._begin(S)
     return _run_passes(model, None, embedding, S, passes, trace, recompute)
 
 
