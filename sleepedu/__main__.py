@@ -1,4 +1,4 @@
-"""The command line: ``python -m sleepedu train | evaluate | results | bench``.
+"""The command line: ``python -m sleepedu train | evaluate | probe | results | bench``.
 
 Wrong input gives one line on stderr and exit code 2; an interrupted training run resumes with the same command.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import benchmark, distributed, experiments
+from sleepedu import benchmark, distributed, experiments, probes
 from sleepedu import results as tables
 from sleepedu.evaluation import Table, accuracy_by_depth
 from sleepedu.model import CARRIES
@@ -86,6 +86,12 @@ def results(options: argparse.Namespace) -> None:
     print(tables.markdown(runs) if options.markdown else "\n".join(tables.lines(runs)))
 
 
+def probe(options: argparse.Namespace) -> None:
+    settings = probes.Settings(options.passes, options.episodes, options.seed)
+    found = probes.of(experiments.load(options.run), settings, options.runs)
+    print(found.json() if options.json else "\n".join(found.lines()))
+
+
 def bench(options: argparse.Namespace) -> None:
     device = experiments.find_device(options.device)
     figures = benchmark.bench(device, tuple(options.only), lambda line: print(line, file=sys.stderr))
@@ -154,6 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=1, help=THREADS)
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=evaluate)
+
+    command = commands.add_parser("probe", help="measure what can be read from a stored run's S after each pass")
+    command.add_argument("run", help="a run's name or folder")
+    command.add_argument("--passes", type=int, default=probes.Settings.passes, help="probe after pass 1 to this one")
+    command.add_argument("--episodes", type=int, default=probes.Settings.episodes, help="to fit, choose and test with")
+    command.add_argument("--seed", type=int, default=probes.Settings.seed, help="of the examples")
+    command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the probes in")
+    command.add_argument("--threads", type=int, default=1, help=THREADS)
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(command=probe)
 
     command = commands.add_parser("results", help="all stored runs in one table")
     command.add_argument("--runs", type=Path, help="folder of runs; the committed ones when absent")

@@ -286,7 +286,7 @@ def run(
         ranks = distributed.ranks()
     if not distributed.is_first():
         return None
-    _write(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
+    write_whole(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
     table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
     stored = {
         "version": VERSION,
@@ -297,7 +297,7 @@ def run(
         "provenance": {**_provenance(model, history, where, compile and can_compile(where)), "ranks": ranks},
         "history": asdict(history),
     }
-    _write(path / "run.json", lambda partial: partial.write_text(_readable_json(stored)))
+    write_whole(path / "run.json", lambda partial: partial.write_text(_readable_json(stored)))
     (path / Checkpoint.FILE).unlink(missing_ok=True)
     return load(path)
 
@@ -402,7 +402,7 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
