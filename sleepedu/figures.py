@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from sleepedu.evaluation import Table, across_seeds
@@ -345,4 +346,46 @@ def pass_changes(traces: Mapping[str, "SleepTrace"], layer: int = 0, window: int
     axes.set(xlabel="pass n", ylabel="change of S in this pass", xticks=range(1, len(change) + 1))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=10)
+    return figure
+
+
+@_figure
+def shares(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[object], x_name: str, floor: float = 0.0
+) -> Figure:
+    """Draw shares as grids of numbers in percent, two panels side by side or, with many columns, one below the other.
+
+    panels: title -> row -> a share for each column, nan where there is none. White is ``floor`` and below, dark blue 1.
+    """
+    wide = len(columns) > 5
+    across = 1 if wide else min(2, len(panels))
+    down = -(-len(panels) // across)
+    tallest = [max(len(rows) for rows in list(panels.values())[i * across : (i + 1) * across]) for i in range(down)]
+    figure, grid = plt.subplots(
+        down,
+        across,
+        figsize=(6.4, sum(0.34 * rows + 0.42 for rows in tallest) + 0.45),
+        squeeze=False,
+        height_ratios=tallest,
+    )
+    blues = LinearSegmentedColormap.from_list("blues", ["white", "#A9C2E8", PASS_COLOURS[4]])
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for position, (axes, (title, rows)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+        values = torch.tensor([list(row) for row in rows.values()])
+        axes.pcolormesh(values, cmap=blues, vmin=floor, vmax=1.0, edgecolors="white", lw=2)
+        for y, x in values.isfinite().nonzero().tolist():
+            share = values[y, x].item()
+            dark = (share - floor) / (1 - floor) > 0.6
+            axes.text(x + 0.5, y + 0.5, f"{share:.0%}", ha="center", va="center", color="white" if dark else INK)
+        missing = tallest[position // across] - len(rows)
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows) + missing, 0), title=title)
+        axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(column) for column in columns])
+        axes.set_yticks([y + 0.5 for y in range(len(rows))], list(rows))
+        axes.tick_params(length=0)
+        axes.grid(False)
+        if position + across >= len(panels):
+            axes.set_xlabel(x_name)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
     return figure

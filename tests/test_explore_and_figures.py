@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from html.parser import HTMLParser
 
 import ipywidgets
@@ -248,6 +249,18 @@ def test_fast_weights_and_their_changes_are_those_of_the_trace(make_model):
     line = curve(changes, "N=3")
     assert list(line.get_xdata()) == [1, 2, 3]
     assert list(line.get_ydata()) == pytest.approx(trace.changes()[:, 0].tolist())
+
+
+def test_shares_are_written_into_their_cells():
+    panels = {"ours": {"pass 1": [1.0, 0.25], "pass 2": [math.nan, 0.5]}, "theirs": {"": [0.1, 0.2]}}
+    figure = figures.shares(panels, (1, 2), "hops k", floor=0.25)
+    ours, theirs = figure.axes[:2]
+    assert [text.get_text() for text in ours.texts] == ["100%", "25%", "50%"], "nothing where there is no share"
+    assert [label.get_text() for label in ours.get_yticklabels()] == ["pass 1", "pass 2"]
+    assert [text.get_color() for text in ours.texts][:2] == ["white", figures.INK], "legible on dark and on light"
+    assert theirs.get_title(loc="left") == "theirs" and theirs.get_xlabel() == "hops k"
+    below = figures.shares(panels, range(8), "steps t").axes
+    assert below[0].get_position().y0 > below[1].get_position().y1, "many columns stand below each other"
 
 
 def test_a_figure_that_fails_is_closed_too():
