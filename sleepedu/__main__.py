@@ -88,8 +88,13 @@ def results(options: argparse.Namespace) -> None:
 
 def probe(options: argparse.Namespace) -> None:
     settings = probes.Settings(options.passes, options.episodes, options.seed)
-    found = probes.of(experiments.load(options.run), settings, options.runs)
-    print(found.json() if options.json else "\n".join(found.lines()))
+    runs = [experiments.load(run) for run in options.run]  # all of them are looked for before one is probed
+    shown = [probes.of(run, settings, options.runs) for run in runs]
+    if options.json:
+        texts = [found.json() for found in shown]
+        print(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
+    else:
+        print("\n\n".join("\n".join(found.lines()) for found in shown))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -162,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=evaluate)
 
     command = commands.add_parser("probe", help="measure what can be read from a stored run's S after each pass")
-    command.add_argument("run", help="a run's name or folder")
+    command.add_argument("run", nargs="+", help="a run's name or folder, or several")
     command.add_argument("--passes", type=int, default=probes.Settings.passes, help="probe after pass 1 to this one")
     command.add_argument("--episodes", type=int, default=probes.Settings.episodes, help="to fit, choose and test with")
     command.add_argument("--seed", type=int, default=probes.Settings.seed, help="of the examples")

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from sleepedu.evaluation import Accuracy, Table, wilson_interval
 from sleepedu.experiments import COMMITTED, OWN, Run, machine, write_whole
-from sleepedu.model import FastWeights, SleepLM
+from sleepedu.model import FastWeights, ModelConfig, SleepLM
 from sleepedu.sleep import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
@@ -121,7 +122,7 @@ class Probes:
 
 
 def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) -> Probes:
-    """Return the stored probes of a run with these settings, or make and store them now (about a minute).
+    """Return the stored probes of a run with these settings, or make and store them now (a minute or two).
 
     Looks in the committed store, then in ``directory``, where new ones go.
     Raises ValueError for a run that cannot be probed (see ``probe``).
@@ -166,41 +167,61 @@ def probe(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any]:
     Raises ValueError for a model without fast weights, or a task other than a graph with names of one token or an
     automaton of one row, asked for all bits, in one window.
     """
+    _questions(task)
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights to probe: use one with 'g'")
-    questions = _questions(task)
+    steps, parts = _examples(task, settings)
+    wanted = [labels for _, labels in parts]
+    truth, classes = wanted[2], int(wanted[0].max()) + 1
+    facts = [F.one_hot(labels[:, 0], classes).flatten(1) for labels in wanted]
+    untrained = _read_untrained(model.config, task, settings)
+    answers = {
+        **_read(model, task, settings),
+        "untrained S": untrained["S"],
+        "untrained query": untrained["query"],
+        "facts": [read_out(facts, wanted, classes)],
+        "constant": [wanted[0].mode(dim=0).values.expand_as(truth)],
+    }
+
+    def shares(whole: bool) -> dict[str, list[list[float]]]:
+        return {reader: [_share_right(given, truth, whole) for given in answers[reader]] for reader in READERS}
+
+    counts = dict(zip(("fit", "choose", "test"), (len(labels) for labels in wanted), strict=True))
+    return {"steps": steps, "examples": counts, "each": shares(False), "whole": shares(True)}
+
+
+def _examples(task: Task, settings: Settings) -> tuple[tuple[int, ...], list[tuple[Tensor, Tensor]]]:
+    """Return the steps, and windows (b, l) and labels (b, steps, items) to fit, to choose and to test with."""
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
     steps, labels = hidden_states(task, episode)
     parts = split(episode.windows.flatten(1), labels[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))
-    windows, wanted = [episode.windows[part, 0] for part in parts], [labels[part] for part in parts]
-    classes, truth = int(labels.max()) + 1, wanted[2]
-    shuffled = [y[torch.randperm(len(y), generator=stream(settings.seed, TESTING, EXAMPLES + 2))] for y in wanted]
+    return steps, [(episode.windows[part, 0], labels[part]) for part in parts]
+
+
+@lru_cache(maxsize=2)
+def _read_untrained(config: ModelConfig, task: Task, settings: Settings) -> dict[str, list[Tensor]]:
+    """Return what is read from a model with random weights, once for all runs of one form and task."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        untrained = SleepLM(model.config).eval()
+        return _read(SleepLM(config).eval(), task, settings)
 
-    answers: dict[str, list[Tensor]] = {reader: [] for reader in READERS}
-    answers["constant"] = [wanted[0].mode(dim=0).values.expand_as(truth)]
-    facts = [F.one_hot(y[:, 0], classes).flatten(1) for y in wanted]
-    answers["facts"] = [read_out(facts, wanted, classes)]
+
+def _read(model: SleepLM, task: Task, settings: Settings) -> dict[str, list[Tensor]]:
+    """Return the labels (test, steps, items) that every reader of a model names after each pass."""
+    steps, parts = _examples(task, settings)
+    windows, wanted = zip(*parts, strict=True)
+    classes = int(wanted[0].max()) + 1
+    generators = (stream(settings.seed, TESTING, EXAMPLES + 2) for _ in wanted)
+    shuffled = (y[torch.randperm(len(y), generator=g)] for y, g in zip(wanted, generators, strict=True))
     both = [torch.cat(pair, dim=1) for pair in zip(wanted, shuffled, strict=True)]
-    for prefix, sleeper in (("", model), ("untrained ", untrained)):
-        for S in _asleep(sleeper, windows, settings.passes):
-            flat = [torch.cat([matrix.flatten(1) for matrix in part], dim=1) for part in S]
-            read = read_out(flat, wanted if prefix else both, classes).split(len(steps), dim=1)
-            answers[f"{prefix}S"].append(read[0])
-            if not prefix:
-                answers["shuffled"].append(read[1])
-            by_query, awake = _ask_all(sleeper, S, wanted, steps, questions, classes)
-            answers[f"{prefix}query"].append(by_query)
-            if not prefix:
-                answers["awake"].append(awake)
-
-    def shares(whole: bool) -> dict[str, list[list[float]]]:
-        return {reader: [_share_right(given, truth, whole) for given in rows] for reader, rows in answers.items()}
-
-    counts = dict(zip(("fit", "choose", "test"), (len(part) for part in parts), strict=True))
-    return {"steps": steps, "examples": counts, "each": shares(False), "whole": shares(True)}
+    answers: dict[str, list[Tensor]] = {reader: [] for reader in ("S", "shuffled", "query", "awake")}
+    for S in _asleep(model, windows, settings.passes):
+        flat = [torch.cat([matrix.flatten(1) for matrix in part], dim=1) for part in S]
+        read = read_out(flat, both, classes).split(len(steps), dim=1)
+        named = (*read, *_ask_all(model, S, wanted, steps, _questions(task), classes))
+        for reader, given in zip(answers, named, strict=True):
+            answers[reader].append(given)
+    return answers
 
 
 def hidden_states(task: Task, episode: Episode) -> tuple[tuple[int, ...], Tensor]:
@@ -284,7 +305,7 @@ def read_out(features: Iterable[Tensor], labels: Iterable[Tensor], classes: int)
 
 
 @torch.no_grad()
-def _asleep(model: SleepLM, windows: list[Tensor], passes: int) -> Iterable[list[FastWeights]]:
+def _asleep(model: SleepLM, windows: Iterable[Tensor], passes: int) -> Iterable[list[FastWeights]]:
     """Yield, for one pass after the other, S of all windows (b, l): a tuple over layers for each part."""
     kept: list[list[list[FastWeights]]] = []
     for part in windows:
@@ -300,7 +321,7 @@ def _asleep(model: SleepLM, windows: list[Tensor], passes: int) -> Iterable[list
 def _ask_all(
     model: SleepLM,
     S: list[FastWeights],
-    wanted: list[Tensor],
+    wanted: Parts,
     steps: tuple[int, ...],
     questions: dict[int, tuple[Tensor, slice]],
     classes: int,
