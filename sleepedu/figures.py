@@ -376,7 +376,7 @@ def shares(
         axes.pcolormesh(values, cmap=blues, vmin=floor, vmax=1.0, edgecolors="white", lw=2)
         for y, x in values.isfinite().nonzero().tolist():
             share = values[y, x].item()
-            dark = (share - floor) / (1 - floor) > 0.6
+            dark = (share - floor) / (1 - floor) > 0.75
             axes.text(x + 0.5, y + 0.5, f"{share:.0%}", ha="center", va="center", color="white" if dark else INK)
         missing = tallest[position // across] - len(rows)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows) + missing, 0), title=title)

@@ -332,11 +332,11 @@ def _ask_all(
         if step not in questions:
             continue
         prompt, asked = questions[step]
-        found = [query(model, prompt, part, asked) for part in S]
-        awake[:, position] = found[2][0].argmax(dim=-1)
+        awake[:, position] = query(model, prompt, S[2], asked)[0].argmax(dim=-1)
+        found = [_reads(model, prompt, part, asked) for part in S]
         for item in range(wanted[2].shape[2]):
             labels = [part[:, position, item, None, None] for part in wanted]
-            read = read_out([reads[:, item] for _, reads in found], labels, classes)
+            read = read_out([reads[:, item] for reads in found], labels, classes)
             by_query[:, position, item] = read[:, 0, 0]
     return by_query, awake
 
@@ -366,6 +366,16 @@ def query(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice = slice(N
         for hook in hooks:
             hook.remove()
     return torch.cat(logits), torch.cat(reads)
+
+
+def _reads(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice) -> Tensor:
+    """Return what ``query`` says is read, sooner where there is one fast-weight layer: its q does not depend on S."""
+    _, heads, d_v, d_k = S[0].shape
+    if len(S) > 1 or d_v < d_k:
+        return query(model, prompt, S, asked)[1]
+    eye = torch.eye(d_v, d_k).expand(1, heads, d_v, d_k)  # an S that reads q itself
+    q = query(model, prompt, (eye,), asked)[1].unflatten(-1, (heads, d_v))[0, :, :, :d_k]
+    return torch.einsum("bhvk,phk->bphv", S[0], q).flatten(2)
 
 
 def _share_right(given: Tensor, truth: Tensor, whole: bool) -> list[float]:

@@ -93,6 +93,7 @@ def test_a_query_reads_S_as_given_and_the_answer_is_that_of_waking(make_model):
         h, _ = model.layers[0](model.embed(prompt[None]), None)
         q = block.mixer.rule_inputs(block.mixer_norm(h), S[0].dtype)[0][0, :, 3]  # (heads, d_k), of the second question
         torch.testing.assert_close(reads[2, 1], (S[0][2] @ q[..., None]).flatten())
+        assert torch.allclose(probes._reads(model, prompt, S, slice(1, None, 2)), reads, atol=1e-5)
     assert not any(layer._forward_hooks for layer in model.layers)
 
 
