@@ -122,7 +122,7 @@ class Probes:
 
 
 def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) -> Probes:
-    """Return the stored probes of a run with these settings, or make and store them now (a minute or two).
+    """Return the stored probes of a run with these settings, or make and store them now (about half a minute).
 
     Looks in the committed store, then in ``directory``, where new ones go.
     Raises ValueError for a run that cannot be probed (see ``probe``).
