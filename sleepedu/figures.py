@@ -364,7 +364,7 @@ def shares(
     figure, grid = plt.subplots(
         down,
         across,
-        figsize=(6.4, sum(0.34 * rows + 0.42 for rows in tallest) + 0.45),
+        figsize=(4.8, sum(0.34 * rows + 0.42 for rows in tallest) + 0.45),
         squeeze=False,
         height_ratios=tallest,
     )
@@ -377,7 +377,7 @@ def shares(
         for y, x in values.isfinite().nonzero().tolist():
             share = values[y, x].item()
             dark = (share - floor) / (1 - floor) > 0.75
-            axes.text(x + 0.5, y + 0.5, f"{share:.0%}", ha="center", va="center", color="white" if dark else INK)
+            axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", color="white" if dark else INK)
         missing = tallest[position // across] - len(rows)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows) + missing, 0), title=title)
         axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(column) for column in columns])

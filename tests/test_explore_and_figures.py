@@ -255,7 +255,7 @@ def test_shares_are_written_into_their_cells():
     panels = {"ours": {"pass 1": [1.0, 0.25], "pass 2": [math.nan, 0.5]}, "theirs": {"": [0.1, 0.2]}}
     figure = figures.shares(panels, (1, 2), "hops k", floor=0.25)
     ours, theirs = figure.axes[:2]
-    assert [text.get_text() for text in ours.texts] == ["100%", "25%", "50%"], "nothing where there is no share"
+    assert [text.get_text() for text in ours.texts] == ["100", "25", "50"], "nothing where there is no share"
     assert [label.get_text() for label in ours.get_yticklabels()] == ["pass 1", "pass 2"]
     assert [text.get_color() for text in ours.texts][:2] == ["white", figures.INK], "legible on dark and on light"
     assert theirs.get_title(loc="left") == "theirs" and theirs.get_xlabel() == "hops k"
