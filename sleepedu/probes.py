@@ -5,6 +5,7 @@ bit of an automaton's row t steps on. It is fitted on some examples, its penalty
 is measured on a third part. No ring of nodes, and no row of bits, is in two parts. Chapter 9.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -73,11 +74,12 @@ class Probes:
 
     each[reader][n - 1] has a share for every step in ``steps``, nan where the task has no such question; labels are
     counted one by one. whole: the same, where an example counts when all its labels are right. A reader that does not
-    depend on the sleep has one row. examples: how many there were to "fit", "choose" and "test".
+    depend on the sleep has one row. examples: how many there were to "fit", "choose" and "test". weights: the hash of
+    the file of weights that was probed.
     """
 
     run: str
-    fingerprint: str
+    weights: str
     settings: Settings
     steps: tuple[int, ...]
     examples: dict[str, int]
@@ -128,16 +130,18 @@ def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) 
     Raises ValueError for a run that cannot be probed (see ``probe``).
     """
     settings = settings or Settings()
+    file = run.path / "weights.pt"
+    weights = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else ""
     for store in (COMMITTED, Path(directory)):
         path = store / "probes" / f"{run.name}.json"
         if path.exists():
             found = load(path)
-            if found.settings == settings and found.fingerprint == run.experiment.fingerprint:
+            if found.settings == settings and found.weights == weights:
                 return found
     started = time.perf_counter()
     made = probe(run.load_model(), run.make_task(), settings)
     provenance = {**machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
-    found = Probes(run.name, run.experiment.fingerprint, settings, **made, provenance=provenance)
+    found = Probes(run.name, weights, settings, **made, provenance=provenance)
     path = Path(directory) / "probes" / f"{run.name}.json"
     write_whole(path, lambda partial: partial.write_text(found.json()))
     return load(path)

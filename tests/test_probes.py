@@ -1,7 +1,9 @@
 """Probes find what was planted and nothing else, nothing of the test part leaks, and the trace holds the gates."""
 
+import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from sleepedu import probes
 from sleepedu.__main__ import main
+from sleepedu.experiments import COMMITTED
 from sleepedu.fast_weights import gated_delta
 from sleepedu.probes import Settings
 from sleepedu.sleep import SleepTrace, sleep, wake
@@ -126,6 +129,9 @@ def test_probes_of_a_run_are_stored_found_and_loaded(tiny_run, tmp_path, monkeyp
         patched.setattr(probes, "probe", None)
         assert probes.of(tiny_run, SMALL, tmp_path) == made, "it was made again"
     assert probes.of(tiny_run, replace(SMALL, passes=1), tmp_path).settings.passes == 1, "settings must count"
+    copy = shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
+    torch.save({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()}, copy / "weights.pt")
+    assert probes.of(replace(tiny_run, path=copy), SMALL, tmp_path) != made, "weights must count"
 
 
 def test_an_unasked_step_survives_the_store_and_is_not_in_a_table(tiny_run, tmp_path, make_model):
@@ -147,6 +153,15 @@ def test_the_command_prints_tables_or_json(tiny_run, tmp_path, capsys):
     for wrong, message in ((["--passes", "0"], "got 0"), (["--episodes", "9"], "got 9"), (["--seed", "-1"], "got -1")):
         assert main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_committed_probes_are_of_the_committed_weights():
+    stored = sorted((COMMITTED / "probes").glob("*.json"))
+    assert stored
+    for path in stored:
+        found = probes.load(path)
+        weights = hashlib.sha256((COMMITTED / found.run / "weights.pt").read_bytes()).hexdigest()
+        assert weights.startswith(found.weights) and found.run == path.stem and found.settings == Settings()
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 9}', '{"version": 1, "settings": {"naps": 3}}'])
