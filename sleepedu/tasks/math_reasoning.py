@@ -1,9 +1,9 @@
 """Math reasoning: read sentences about dials in any order, then say what a dial shows that none of them gives.
 
-A dial shows a digit and turns past 9 back to 0, so all arithmetic is modulo 10. Every digit is then equally likely to
-be the answer, and an answer takes every number of its derivation: whoever misses one of them knows nothing. That is
-why "0 more than" occurs: without it a dial would never show what the dial it depends on shows, which is a hint. After
-GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's test of reasoning, without its varied wording.
+A dial shows a digit and turns past its last back to 0, so all arithmetic is modulo ``digits``. Every digit is then
+equally likely to be the answer, and an answer takes every number of its derivation: whoever misses one of them knows
+nothing. That is why "0 more than" occurs: without it a dial would never show what the dial it depends on shows, which
+is a hint. After GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's reasoning test, without its varied wording.
 """
 
 import re
@@ -26,7 +26,7 @@ PLACES = (
 )
 PAIRED = 20  # colours that go with the places, for names of two words
 GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
-RULE = "Each dial shows a digit from 0 to 9; one step up from 9 is 0, and one step down from 0 is 9."
+RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, and one step down from 0 is {last}."
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class MathReasoning(Task):
     number is the depth, and every problem has dials of each depth from 0 (given) to ``operations``. ask: "every" for
     all dials, after the sleep; "one" for a single dial of depth 1 or more, named before the first sentence (the
     paper's form): all other dials are distractors. windows: how many windows the text is cut into, padded on the left.
-    sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2.
+    sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2. digits: how
+    many a dial has, 2 to 10; with fewer of them there is less arithmetic to learn, and chance is higher.
     Raises ValueError for fewer than 2 quantities or more than there are names, operations outside 1..quantities - 1
     (- 2 with sums, which need two given dials), or other settings outside these.
     """
@@ -49,6 +50,7 @@ class MathReasoning(Task):
     windows: int = 1
     sums: bool = False
     name_words: int = 1
+    digits: int = 10
 
     name = "math"
     scoring = "each"
@@ -74,6 +76,8 @@ class MathReasoning(Task):
             )
         if self.ask not in ("every", "one"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'every' or 'one'")
+        if not 2 <= self.digits <= 10:
+            raise ValueError(f"digits must lie in 2..10, got {self.digits}")
         if self.windows < 1:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
 
@@ -82,7 +86,18 @@ class MathReasoning(Task):
         """Digits first (their ids are the digits), then the words of names, then all others, padding last."""
         names = COLOURS[: self.quantities] if self.name_words == 1 else (*COLOURS[:PAIRED], *PLACES)
         question = ("?",) if self.ask == "every" else ("what", "does", "show", "?", "=")
-        return (*"0123456789", *names, "shows", "more", "less", "than", *(["plus"] * self.sums), ".", *question, "_")
+        return (
+            *"0123456789"[: self.digits],
+            *names,
+            "shows",
+            "more",
+            "less",
+            "than",
+            *(["plus"] * self.sums),
+            ".",
+            *question,
+            "_",
+        )
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -136,9 +151,9 @@ class MathReasoning(Task):
     def _names(self, batch: int, generator: torch.Generator) -> Tensor:
         """Return the tokens of every dial's name, (b, q, name_words): all different, drawn afresh each time."""
         if self.name_words == 1:
-            return 10 + _shuffled(batch, self.quantities, generator)[..., None]
+            return self.digits + _shuffled(batch, self.quantities, generator)[..., None]
         pair = _shuffled(batch, PAIRED * len(PLACES), generator)[:, : self.quantities]
-        return torch.stack((10 + pair // len(PLACES), 10 + PAIRED + pair % len(PLACES)), dim=-1)
+        return self.digits + torch.stack((pair // len(PLACES), PAIRED + pair % len(PLACES)), dim=-1)
 
     def _sentences(self, graph: "_Graph", names: Tensor) -> Tensor:
         """Return the sentence of every dial, (b, q, width): one template for all forms, padding where it has gaps."""
@@ -175,7 +190,7 @@ class MathReasoning(Task):
         several = ", ".join(asked[:-1]) + " and " + asked[-1]
         question = f"What does {asked[0]} show?" if len(asked) == 1 else f"What do {several} show?"
         facts = [f"{name} shows {' '.join(fact)}." for name, fact in self._facts(episode, index).items()]
-        return "\n".join([RULE, "", question, *(fact.capitalize() for fact in facts)])
+        return "\n".join([RULE.format(last=self.digits - 1), "", question, *(fact.capitalize() for fact in facts)])
 
     def derivation(self, episode: Episode, index: int, name: str) -> list[str]:
         """Return how a dial's digit is worked out, a line for every dial that it takes, its own last.
@@ -240,9 +255,9 @@ class MathReasoning(Task):
             less = _form(fact) == "less"
             total += -numbers[1] if less else numbers[1]
             line += f" {'-' if less else '+'} {numbers[1]} = {total}"
-        if total not in range(10):
-            line += f", on the dial {total % 10}"
-        return steps | {name: (total % 10, line)}
+        if total not in range(self.digits):
+            line += f", on the dial {total % self.digits}"
+        return steps | {name: (total % self.digits, line)}
 
 
 class _Graph:
@@ -265,7 +280,7 @@ class _Graph:
         self.stop = torch.searchsorted(self.operations, levels, right=True)
 
         derived = self.operations > 0
-        self.number = torch.randint(10, shape, generator=generator)
+        self.number = torch.randint(task.digits, shape, generator=generator)
         self.form = torch.randint(MORE, LESS + 1, shape, generator=generator).where(derived, GIVEN)
         self.first = self.any_of((self.operations - 1).clamp(min=0))
         if task.sums:
@@ -276,7 +291,7 @@ class _Graph:
             digit = source + torch.where(self.form == LESS, -self.number, self.number)
             if task.sums:
                 digit = torch.where(self.form == PLUS, source + self.digit.gather(1, self.second), digit)
-            self.digit = torch.where(self.operations == level, digit % 10, self.digit)
+            self.digit = torch.where(self.operations == level, digit % task.digits, self.digit)
 
     def any_of(self, operations: Tensor) -> Tensor:
         """Return a random dial that needs so many operations: (b, n) -> (b, n)."""
@@ -317,27 +332,27 @@ def _sources(fact: list[str]) -> list[str]:
     return [" ".join(fact[3:])] if len(fact) > 1 else []
 
 
-def best_constant(episode: Episode) -> Tensor:
+def best_constant(task: MathReasoning, episode: Episode) -> Tensor:
     """Guess for every question the digit that is most often right: (b, p)."""
-    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=10)
+    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=task.digits)
     return counts.argmax().expand_as(episode.targets)
 
 
-def most_frequent_number(episode: Episode) -> Tensor:
+def most_frequent_number(task: MathReasoning, episode: Episode) -> Tensor:
     """Guess the number that occurs most often in the text: (b, p)."""
     text = episode.windows.flatten(1)
-    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(10)], dim=1)
+    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(task.digits)], dim=1)
     return counts.argmax(dim=1, keepdim=True).expand_as(episode.targets)
 
 
-def last_number(episode: Episode) -> Tensor:
+def last_number(task: MathReasoning, episode: Episode) -> Tensor:
     """Guess the last number in the text: (b, p)."""
     text = episode.windows.flatten(1)
-    place = torch.where(text < 10, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
+    place = torch.where(text < task.digits, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
     return text.gather(1, place).expand_as(episode.targets)
 
 
-GUESSERS: dict[str, Callable[[Episode], Tensor]] = {
+GUESSERS: dict[str, Callable[[MathReasoning, Episode], Tensor]] = {
     "the best constant answer": best_constant,
     "the most frequent number in the text": most_frequent_number,
     "the last number in the text": last_number,
