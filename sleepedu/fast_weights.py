@@ -86,8 +86,8 @@ def gated_delta_chunked(
     which is unit lower triangular, so one triangular solve finds all of them. Then
     o_t = e^(g_t) S_0 q_t + sum_{i<=t} e^(g_t - g_i) (q_t . k_i) u_i, and S_C likewise. All exponents are at most 0.
 
-    Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``. Raises ValueError for shapes or
-    devices that do not fit together, or a chunk below 1.
+    Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``, the most tokens that are taken at a
+    time. Raises ValueError for shapes or devices that do not fit together, or a chunk below 1.
     """
     _check(q, k, v, log_a, b, S)
     if chunk < 1:
@@ -142,8 +142,8 @@ class _Chunks(torch.autograd.Function):
 
 
 def _cut(length: int, chunk: int) -> list[slice]:
-    """Cut a length into chunks of nearly the same length, the first the longest."""
-    pieces = max(1, round(length / chunk))
+    """Cut a length into as few chunks as it takes, of nearly the same length, the first the longest."""
+    pieces = -(-length // chunk)
     ends = [-(-length * i // pieces) for i in range(pieces + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
