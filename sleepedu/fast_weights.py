@@ -160,8 +160,8 @@ def _slabs(S: Tensor, length: int, numbers: int = 2**18) -> list[slice]:
 def _forward(q, k, v, log_a, b, o, S, S_end):
     """Write what one slab reads and remembers in a chunk into o and S_end; return what the gradient needs.
 
-    All are (n, ...), n = sequences x heads. Products go into whole tensors, the last step of each into what may be a
-    part of one: the other way round a product is done one matrix at a time.
+    All are (n, ...), n = sequences x heads. What is written into may be a part of a larger tensor: a product straight
+    into that is done one matrix at a time, and the compiler does not take it as ``out``. So results are copied there.
     """
     # Sums of logarithms in double precision: after strong forgetting, differences of large sums must stay exact.
     g = log_a.double().cumsum(-1)
@@ -172,7 +172,7 @@ def _forward(q, k, v, log_a, b, o, S, S_end):
     A = K * b[:, None, :]  # the solver takes its diagonal for ones, and makes no copies where it may overwrite w
     torch.linalg.solve_triangular(A, w, upper=False, unitriangular=True, out=w)
     u = b[..., None] * w
-    torch.addcmul(torch.bmm(M, u), e, torch.bmm(q, S.mT), out=o)
+    o.copy_(torch.bmm(M, u).addcmul_(e, torch.bmm(q, S.mT)))
     torch.mul(e[:, -1:], S, out=S_end).baddbmm_(u.mT, decay[:, -1, :, None] * k)
     return q, k, v, b, e, decay, K, M, w
 
@@ -183,19 +183,19 @@ def _backward(q, k, v, b, e, decay, K, M, w, o, do, dq, dk, dv, dlog_a, db, S, S
     u = b * w
     dr = torch.bmm(to_end * k, dS_end.mT).baddbmm_(M.mT, do)  # of u in o and S_end
     torch.linalg.solve_triangular((K * b).mT, dr, upper=True, unitriangular=True, out=dr)  # ... and in later u
-    torch.mul(dr, b, out=dv)
-    torch.sum(dr.mul_(w), -1, out=db)
+    dv.copy_(dr * b)
+    db.copy_(dr.mul_(w).sum(-1))
     # The gradient of g takes no (t, i) matrix: row and column t of the system say that to raise g_t alone by x is to
     # divide v_t by e^x and then to multiply o_t by it, and S_end too for the last t.
     dg = torch.addcmul(do * o, dv, v, value=-1).sum(-1)
     dg[:, -1] += (S_end * dS_end).sum((1, 2))
-    torch.sub(dg.sum(-1, keepdim=True), dg.cumsum(-1) - dg, out=dlog_a)
+    dlog_a.copy_(dg.sum(-1, keepdim=True) - dg.cumsum(-1) + dg)
     dM, dA = torch.bmm(do, u.mT).mul_(decay), torch.bmm(dv, u.mT).mul_(decay)  # dA: with the other sign
     dA.diagonal(dim1=-2, dim2=-1).zero_()
     dqS, dkS = do * e, dv * -e
-    torch.add(torch.bmm(dqS, S), torch.bmm(dM, k), out=dq)
+    dq.copy_(torch.bmm(dqS, S).baddbmm_(dM, k))
     written = torch.bmm(dkS, S).baddbmm_(dM.mT, q).baddbmm_(u.mul_(to_end), dS_end)
-    torch.sub(written, torch.bmm(dA + dA.mT, k), out=dk)
+    dk.copy_(written.baddbmm_(dA + dA.mT, k, alpha=-1))
     torch.mul(dS_end, e[:, -1:], out=dS).baddbmm_(dqS.mT, q).baddbmm_(dkS.mT, k)
 
 
