@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--passes", type=int, default=1, metavar="N", help="sleep passes over every window")
     command.add_argument("--size", default="laptop", help=f"one of {', '.join(experiments.SIZES)}")
     command.add_argument("--model", default="sleep", help=f"one of {', '.join(experiments.MODELS)}")
-    command.add_argument("--carry", default="hidden", help=f"from pass to pass: one of {', '.join(CARRIES)}")
+    command.add_argument(
+        "--carry", default="", help=f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
     command.add_argument("--learning-rate", type=float, default=0.0, help="Muon's, instead of the recipe's")

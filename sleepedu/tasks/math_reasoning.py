@@ -33,13 +33,15 @@ RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, 
 class MathReasoning(Task):
     """Sentences about ``quantities`` dials, in any order, then questions whose answers take several sentences each.
 
-    quantities: dials, one sentence each; about a quarter are given outright ("red shows 4 ."), the others derived
+    quantities: dials, one sentence each; about a third are given outright ("red shows 4 ."), the others derived
     ("blue shows 3 more than red ."). operations: the most derived dials in a derivation, the asked one included; that
-    number is the depth, and every problem has dials of each depth from 0 (given) to ``operations``. ask: "every" for
-    all dials, after the sleep; "one" for a single dial of depth 1 or more, named before the first sentence (the
-    paper's form): all other dials are distractors. windows: how many windows the text is cut into, padded on the left.
-    sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2. digits: how
-    many a dial has, 2 to 10; with fewer of them there is less arithmetic to learn, and chance is higher.
+    number is the depth. ask: "every" for all dials, after the sleep; "one" for a single dial of depth 1 or more, named
+    before the first sentence (the paper's form): all other dials are distractors. With "one" every problem has dials of
+    each depth from 0 (given) to ``operations``; with "every" it goes 1 to ``operations`` deep, as chance has it: so
+    shallow dials abound, with which learning begins. windows: how many windows the text is cut into, padded on the
+    left. sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2. digits:
+    how many a dial has, 2 to 10; with fewer there is less arithmetic to learn, and chance is higher. less: whether
+    dials show less than others, too, or only more.
     Raises ValueError for fewer than 2 quantities or more than there are names, operations outside 1..quantities - 1
     (- 2 with sums, which need two given dials), or other settings outside these.
     """
@@ -51,6 +53,7 @@ class MathReasoning(Task):
     sums: bool = False
     name_words: int = 1
     digits: int = 10
+    less: bool = True
 
     name = "math"
     scoring = "each"
@@ -86,18 +89,8 @@ class MathReasoning(Task):
         """Digits first (their ids are the digits), then the words of names, then all others, padding last."""
         names = COLOURS[: self.quantities] if self.name_words == 1 else (*COLOURS[:PAIRED], *PLACES)
         question = ("?",) if self.ask == "every" else ("what", "does", "show", "?", "=")
-        return (
-            *"0123456789"[: self.digits],
-            *names,
-            "shows",
-            "more",
-            "less",
-            "than",
-            *(["plus"] * self.sums),
-            ".",
-            *question,
-            "_",
-        )
+        digits, relations = "0123456789"[: self.digits], ["more", *["less"] * self.less, "than", *["plus"] * self.sums]
+        return (*digits, *names, "shows", *relations, ".", *question, "_")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -106,7 +99,7 @@ class MathReasoning(Task):
     @property
     def given(self) -> int:
         """How many dials have their digit in the text."""
-        return min(max(2 if self.sums else 1, self.quantities // 4), self.quantities - self.operations)
+        return min(max(2 if self.sums else 1, (self.quantities + 1) // 3), self.quantities - self.operations)
 
     @property
     def window(self) -> int:
@@ -120,7 +113,7 @@ class MathReasoning(Task):
 
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
-        graph = _Graph(self, batch, generator)
+        graph = _Graph(self, batch, generator, depth)
         row = torch.arange(batch)[:, None]
         names = self._names(batch, generator)
         sentences = self._sentences(graph, names)[row, _shuffled(batch, self.quantities, generator)].flatten(1)
@@ -165,11 +158,10 @@ class MathReasoning(Task):
 
         form = graph.form
         always, step, plus = form >= 0, (form == MORE) | (form == LESS), form == PLUS
-        template = [
-            *(names, only(always, "shows"), only(~plus, graph.number[..., None])),
-            *(only(form == MORE, "more"), only(form == LESS, "less"), only(step, "than")),
-            only(form != GIVEN, names[row, graph.first]),
-        ]
+        template = [names, only(always, "shows"), only(~plus, graph.number[..., None]), only(form == MORE, "more")]
+        if self.less:
+            template.append(only(form == LESS, "less"))
+        template += [only(step, "than"), only(form != GIVEN, names[row, graph.first])]
         if self.sums:
             template += [only(plus, "plus"), only(plus, names[row, graph.second])]
         return torch.cat((*template, only(always, ".")), dim=-1)
@@ -267,13 +259,14 @@ class _Graph:
     what makes an answer independent of all numbers but one; and operations simply add up.
     """
 
-    def __init__(self, task: MathReasoning, batch: int, generator: torch.Generator):
+    def __init__(self, task: MathReasoning, batch: int, generator: torch.Generator, depth: int | None):
         self.generator = generator
         shape, levels = (batch, task.quantities), torch.arange(task.operations + 1)
-        others = torch.randint(
-            1, task.operations + 1, (batch, task.quantities - task.given - task.operations), generator=generator
-        )
-        certain = torch.cat((torch.zeros(task.given, dtype=torch.long), levels[1:])).expand(batch, -1)
+        shallowest = task.operations if task.ask == "one" else depth or 1
+        deepest = torch.randint(shallowest, task.operations + 1, (batch, 1), generator=generator)
+        others = torch.rand(batch, task.quantities - task.given - task.operations, generator=generator)
+        others = 1 + (others * deepest).long()
+        certain = torch.cat((torch.zeros(task.given, dtype=torch.long), levels[1:])).minimum(deepest)
         self.operations = torch.cat((certain, others), dim=1).sort(dim=1).values
         levels = levels.expand(batch, -1).contiguous()
         self.start = torch.searchsorted(self.operations, levels)
@@ -281,7 +274,7 @@ class _Graph:
 
         derived = self.operations > 0
         self.number = torch.randint(task.digits, shape, generator=generator)
-        self.form = torch.randint(MORE, LESS + 1, shape, generator=generator).where(derived, GIVEN)
+        self.form = torch.randint(MORE, LESS + task.less, shape, generator=generator).where(derived, GIVEN)
         self.first = self.any_of((self.operations - 1).clamp(min=0))
         if task.sums:
             self._add_sums(task)
