@@ -1,4 +1,4 @@
-"""The command line: ``python -m sleepedu train | evaluate | probe | results | bench``.
+"""The command line: ``python -m sleepedu train | evaluate | probe | results | bench | export-live``.
 
 Wrong input gives one line on stderr and exit code 2; an interrupted training run resumes with the same command.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import benchmark, distributed, experiments, probes
+from sleepedu import benchmark, distributed, experiments, live, probes
 from sleepedu import results as tables
 from sleepedu.evaluation import Table, accuracy_by_depth
 from sleepedu.model import CARRIES
@@ -112,6 +112,11 @@ def bench(options: argparse.Namespace) -> None:
             print("  " + "  ".join(f"{k} {v}" for k, v in shown.items() if k not in ("low", "high", "rounds")))
 
 
+def export_live(options: argparse.Namespace) -> None:
+    for path in live.export(options.to, options.runs):
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
 def _rows(table: Table) -> dict[str, dict]:
     return {str(depth): asdict(accuracy) for depth, accuracy in table.items()}
 
@@ -143,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--passes", type=int, default=1, metavar="N", help="sleep passes over every window")
     command.add_argument("--size", default="laptop", help=f"one of {', '.join(experiments.SIZES)}")
     command.add_argument("--model", default="sleep", help=f"one of {', '.join(experiments.MODELS)}")
-    command.add_argument("--carry", default="hidden", help=f"from pass to pass: one of {', '.join(CARRIES)}")
+    command.add_argument(
+        "--carry", default="", help=f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
     command.add_argument("--learning-rate", type=float, default=0.0, help="Muon's, instead of the recipe's")
@@ -189,6 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=1, help=THREADS)
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=bench)
+
+    command = commands.add_parser("export-live", help="write the models of the book's first page as a script")
+    command.add_argument("--runs", type=Path, default=experiments.COMMITTED, help="folder of runs")
+    command.add_argument("--to", type=Path, default=live.FOLDER, help=f"folder to write to; {live.FOLDER} when absent")
+    command.set_defaults(command=export_live)
     return parser
 
 

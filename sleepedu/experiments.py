@@ -47,6 +47,7 @@ class Recipe:
     task: Mapping[str, Any]
     model: Mapping[str, Any]
     train: Mapping[str, Any]
+    carry: str = "hidden"  # from pass to pass; each task takes the one that learns it better
     learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
 
 
@@ -83,9 +84,10 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
             task={"quantities": 4, "operations": 2}, model=SMALL, train={"steps": 300, "batch": 64}
         ),
         ("math", "laptop"): Recipe(
-            task={"quantities": 8, "operations": 4},
+            task={"quantities": 8, "operations": 4, "digits": 5, "less": False},
             model={"layout": "ag"},
             train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
+            carry="inject",
         ),
         # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
         ("math", "paper"): Recipe(
@@ -108,7 +110,8 @@ class Experiment:
     """One run in words: task x size x model x N x seed.
 
     task: a name in ``TASKS``. size: "smoke", "laptop" or "paper". model: a name in ``MODELS``. passes: N.
-    carry: as in ``ModelConfig``. steps, learning_rate: override the recipe's, to try things out; 0 keeps it.
+    carry: as in ``ModelConfig``; "" takes the recipe's. steps, learning_rate: override the recipe's, to try things out;
+    0 keeps it.
     Raises ValueError for an unknown name, N < 1, or more than one pass for a model that does not sleep.
     """
 
@@ -117,7 +120,7 @@ class Experiment:
     model: str = "sleep"
     passes: int = 1
     seed: int = 0
-    carry: str = "hidden"
+    carry: str = ""
     steps: int = 0
     learning_rate: float = 0.0
 
@@ -133,6 +136,7 @@ class Experiment:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
         if self.seed < 0 or self.steps < 0:
             raise ValueError(f"seed and steps must not be negative, got {self.seed} and {self.steps}")
+        object.__setattr__(self, "carry", self.carry or self.recipe.carry)
         _ = self.settings  # every wrong value is found at the door
 
     @property
@@ -141,7 +145,7 @@ class Experiment:
         parts = [self.task, self.size, self.model]
         if self.model == "sleep":
             parts.append(f"N{self.passes}")
-        if self.carry != "hidden":
+        if self.carry != self.recipe.carry:
             parts.append(self.carry)
         if self.steps:
             parts.append(f"{self.steps}steps")

@@ -15,6 +15,7 @@ The first four functions take one token at a time and are meant to be read. ``ga
 numbers of ``gated_delta`` with a few large matrix products, and is what the model trains with.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -76,62 +77,75 @@ def gated_delta_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``gated_delta`` a chunk of tokens at a time: the same numbers from a few matrix products.
 
-    Inside a chunk that starts from S_0, let g_t be the sum of log a up to token t and u_t = b_t (v_t - a_t S_{t-1} k_t)
-    what token t really writes. Unrolling the recurrence gives a linear system in the u (the WY form)::
+    Inside a chunk that starts from S_0, let g_t be the sum of log a up to token t, w_t = v_t - a_t S_{t-1} k_t what the
+    memory gets wrong and u_t = b_t w_t what token t really writes. Unrolling the recurrence gives a linear system in
+    the w (the WY form)::
 
-        u_t + b_t sum_{i<t} e^(g_t - g_i) (k_t . k_i) u_i = b_t (v_t - e^(g_t) S_0 k_t)
+        w_t + sum_{i<t} e^(g_t - g_i) (k_t . k_i) b_i w_i = v_t - e^(g_t) S_0 k_t
 
     which is unit lower triangular, so one triangular solve finds all of them. Then
     o_t = e^(g_t) S_0 q_t + sum_{i<=t} e^(g_t - g_i) (q_t . k_i) u_i, and S_C likewise. All exponents are at most 0.
 
-    Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``. Raises ValueError for shapes or
-    devices that do not fit together, or a chunk below 1.
+    Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``, the most tokens that are taken at a
+    time. Raises ValueError for shapes or devices that do not fit together, or a chunk below 1.
     """
     _check(q, k, v, log_a, b, S)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    pieces = max(1, round(q.shape[2] / chunk))
-    if pieces == 1:
-        return _Chunk.apply(q, k, v, log_a, b, S)
-    outputs = []
-    for piece in zip(*(tensor.tensor_split(pieces, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
-        o, S = _Chunk.apply(*piece, S)
-        outputs.append(o)
-    return torch.cat(outputs, dim=2), S
+    return _Chunks.apply(q, k, v, log_a, b, S, chunk)
 
 
-class _Chunk(torch.autograd.Function):
-    """One chunk of ``gated_delta_chunked``, with its gradient written out: the same system, transposed.
+class _Chunks(torch.autograd.Function):
+    """``gated_delta_chunked`` with its gradient written out: the same systems, transposed.
 
-    Autograd would find the same gradient, in several times the time: it keeps and revisits every (t, i) matrix. On a
-    CPU the batch is taken a slab at a time, so that what one step leaves is still in the core's cache for the next.
+    Autograd would find the same gradient, in several times the time: it keeps and revisits every (t, i) matrix, and
+    for every chunk it builds a gradient of the whole sequence. On a CPU the batch is taken a slab at a time, so that
+    what one step leaves is still in the core's cache for the next.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, log_a, b, S):
-        o, S_end = q.new_empty(v.shape), torch.empty_like(S, memory_format=torch.contiguous_format)
+    def forward(ctx, q, k, v, log_a, b, S, chunk):
+        ctx.chunks = _cut(q.shape[2], chunk)
+        ctx.slabs = _slabs(S, ctx.chunks[0].stop)
+        o = q.new_empty(v.shape)
+        states = [S.contiguous(), *(S.new_empty(S.shape) for _ in ctx.chunks)]  # S before, between and after the chunks
         saved = []
-        ctx.slabs = _slabs(S, q.shape[2])
         for slab in ctx.slabs:
-            given = (tensor[slab] for tensor in (q, k, v, log_a, b, S))
-            saved += _forward(*given, o[slab].flatten(0, 1), S_end[slab].flatten(0, 1))
-        ctx.save_for_backward(*saved)
-        return o, S_end
+            for i, piece in enumerate(ctx.chunks):
+                given = (tensor[slab, :, piece].flatten(0, 1) for tensor in (q, k, v, log_a, b, o))
+                kept = _forward(*given, *(S[slab].flatten(0, 1) for S in states[i : i + 2]))
+                if any(ctx.needs_input_grad):
+                    saved += kept
+        ctx.save_for_backward(o, *states, *saved)
+        return o, states[-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS_end):
-        saved = ctx.saved_tensors
-        each = len(saved) // len(ctx.slabs)
+        o, *saved = ctx.saved_tensors
+        states, saved = saved[: len(ctx.chunks) + 1], saved[len(ctx.chunks) + 1 :]
+        each = len(saved) // (len(ctx.slabs) * len(ctx.chunks))
         batch, heads, length, d_v = do.shape
         d_k = dS_end.shape[-1]
-        shapes = [(length, d_k), (length, d_k), (length, d_v), (length,), (length,), (d_v, d_k)]
+        shapes = [(length, d_k), (length, d_k), (length, d_v), (length,), (length,)]
         gradients = [do.new_empty(batch, heads, *shape) for shape in shapes]
-        for number, slab in enumerate(ctx.slabs):
-            out = (gradient[slab].flatten(0, 1) for gradient in gradients)
-            kept = saved[number * each : (number + 1) * each]
-            _backward(*kept, do[slab].flatten(0, 1), dS_end[slab].flatten(0, 1), *out)
-        return tuple(gradients)
+        dS = do.new_empty(dS_end.shape)
+        for slab in reversed(ctx.slabs):
+            later = dS_end[slab].flatten(0, 1)
+            for i, piece in reversed(list(enumerate(ctx.chunks))):
+                saved, kept = saved[:-each], saved[-each:]
+                given = (tensor[slab, :, piece].flatten(0, 1) for tensor in (o, do, *gradients))
+                around = (S[slab].flatten(0, 1) for S in (states[i], states[i + 1], dS))
+                _backward(*kept, *given, *around, later)
+                later = dS[slab].flatten(0, 1)
+        return *gradients, dS, None
+
+
+def _cut(length: int, chunk: int) -> list[slice]:
+    """Cut a length into as few chunks as it takes, of nearly the same length, the first the longest."""
+    pieces = -(-length // chunk)
+    ends = [-(-length * i // pieces) for i in range(pieces + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def _slabs(S: Tensor, length: int, numbers: int = 2**18) -> list[slice]:
@@ -143,52 +157,46 @@ def _slabs(S: Tensor, length: int, numbers: int = 2**18) -> list[slice]:
     return [slice(start, start + size) for start in range(0, batch, size)]
 
 
-def _forward(q, k, v, log_a, b, S, o, S_end):
-    """Write what one slab reads and remembers into o and S_end; return what the gradient needs."""
-    q, k, v, log_a, S = (tensor.flatten(0, 1) for tensor in (q, k, v, log_a, S))  # (n, ...): sequences x heads
-    b = b.flatten(0, 1)[..., None]
-    length = q.shape[1]
+def _forward(q, k, v, log_a, b, o, S, S_end):
+    """Write what one slab reads and remembers in a chunk into o and S_end; return what the gradient needs.
+
+    All are (n, ...), n = sequences x heads. What is written into may be a part of a larger tensor: a product straight
+    into that is done one matrix at a time, and the compiler does not take it as ``out``. So results are copied there.
+    """
     # Sums of logarithms in double precision: after strong forgetting, differences of large sums must stay exact.
     g = log_a.double().cumsum(-1)
-    past = torch.ones(length, length, dtype=q.dtype, device=q.device).tril_()
-    decay = (g[:, :, None] - g[:, None, :]).to(q.dtype)
-    decay.clamp_(max=0).exp_().mul_(past)  # (n, t, i): e^(g_t - g_i), zero for i > t
     e = g.exp().to(q.dtype)[..., None]  # (n, t, 1): e^(g_t)
-    K = torch.bmm(k, k.mT).mul_(decay)
-    A = K * b  # the solver takes its diagonal for ones
-    M = torch.bmm(q, k.mT).mul_(decay)
-    kS, qS = torch.bmm(k, S.mT), torch.bmm(q, S.mT)
-    news = torch.addcmul(v, e, kS, value=-1)  # what S_0 gets wrong
-    u = torch.linalg.solve_triangular(A, b * news, upper=False, unitriangular=True)
-    torch.mul(e, qS, out=o).baddbmm_(M, u)
-    to_end = decay[:, -1, :, None] * k
-    torch.mul(e[:, -1:], S, out=S_end).baddbmm_(u.mT, to_end)
-    return q, k, b, S, decay, e, K, A, M, kS, qS, news, u, to_end
+    decay = (g[:, :, None] - g[:, None, :]).to(q.dtype).exp_().tril_()  # (n, t, i): e^(g_t - g_i), zero for i > t
+    M, K = torch.bmm(q, k.mT).mul_(decay), torch.bmm(k, k.mT).mul_(decay)
+    w = torch.addcmul(v, e, torch.bmm(k, S.mT), value=-1)  # what S_0 gets wrong
+    A = K * b[:, None, :]  # the solver takes its diagonal for ones, and makes no copies where it may overwrite w
+    torch.linalg.solve_triangular(A, w, upper=False, unitriangular=True, out=w)
+    u = b[..., None] * w
+    o.copy_(torch.bmm(M, u).addcmul_(e, torch.bmm(q, S.mT)))
+    torch.mul(e[:, -1:], S, out=S_end).baddbmm_(u.mT, decay[:, -1, :, None] * k)
+    return q, k, v, b, e, decay, K, M, w
 
 
-def _backward(q, k, b, S, decay, e, K, A, M, kS, qS, news, u, to_end, do, dS_end, dq, dk, dv, dlog_a, db, dS):
-    """Write the gradients of one slab into dq, dk, dv, dlog_a, db and dS."""
-    do, ends = do.contiguous(), e[:, -1:]
-    du = torch.bmm(to_end, dS_end.mT).baddbmm_(M.mT, do)
-    dr = torch.linalg.solve_triangular(A.mT, du, upper=True, unitriangular=True)  # of b news
-    torch.mul(dr, b, out=dv)
-    dqS, dkS = do * e, dv * -e
-    dM, dA = torch.bmm(do, u.mT), torch.bmm(dr, u.mT).neg_()
+def _backward(q, k, v, b, e, decay, K, M, w, o, do, dq, dk, dv, dlog_a, db, S, S_end, dS, dS_end):
+    """Write the gradients of one slab in a chunk into dq, dk, dv, dlog_a, db and dS, which may be dS_end itself."""
+    b, to_end = b[..., None], decay[:, -1, :, None]
+    u = b * w
+    dr = torch.bmm(to_end * k, dS_end.mT).baddbmm_(M.mT, do)  # of u in o and S_end
+    torch.linalg.solve_triangular((K * b).mT, dr, upper=True, unitriangular=True, out=dr)  # ... and in later u
+    dv.copy_(dr * b)
+    db.copy_(dr.mul_(w).sum(-1))
+    # The gradient of g takes no (t, i) matrix: row and column t of the system say that to raise g_t alone by x is to
+    # divide v_t by e^x and then to multiply o_t by it, and S_end too for the last t.
+    dg = torch.addcmul(do * o, dv, v, value=-1).sum(-1)
+    dg[:, -1] += (S_end * dS_end).sum((1, 2))
+    dlog_a.copy_(dg.sum(-1, keepdim=True) - dg.cumsum(-1) + dg)
+    dM, dA = torch.bmm(do, u.mT).mul_(decay), torch.bmm(dv, u.mT).mul_(decay)  # dA: with the other sign
     dA.diagonal(dim1=-2, dim2=-1).zero_()
-    part = dA * K
-    torch.add((dr * news).sum(-1), part.sum(-1), out=db)
-    part = part.mul_(b).addcmul_(dM, M)  # of every e^(g_t - g_i)
-    u_dS = torch.bmm(u, dS_end)
-    ending = (to_end * u_dS).sum(-1)  # of every e^(g_C - g_i)
-    dg = part.sum(-1) - part.sum(-2) + (dqS * qS).addcmul_(dkS, kS).sum(-1) - ending
-    dg[:, -1] += ending.sum(-1) + ends.flatten() * (S * dS_end).sum((1, 2))
-    torch.sub(dg.sum(-1, keepdim=True), dg.cumsum(-1) - dg, out=dlog_a)
-    dM.mul_(decay)
-    dA.mul_(decay).mul_(b)
-    torch.bmm(dqS, S, out=dq).baddbmm_(dM, k)
-    torch.bmm(dkS, S, out=dk).baddbmm_(dM.mT, q).baddbmm_(dA + dA.mT, k)
-    dk.addcmul_(decay[:, -1, :, None], u_dS)
-    torch.mul(dS_end, ends, out=dS).baddbmm_(dqS.mT, q).baddbmm_(dkS.mT, k)
+    dqS, dkS = do * e, dv * -e
+    dq.copy_(torch.bmm(dqS, S).baddbmm_(dM, k))
+    written = torch.bmm(dkS, S).baddbmm_(dM.mT, q).baddbmm_(u.mul_(to_end), dS_end)
+    dk.copy_(written.baddbmm_(dA + dA.mT, k, alpha=-1))
+    torch.mul(dS_end, e[:, -1:], out=dS).baddbmm_(dqS.mT, q).baddbmm_(dkS.mT, k)
 
 
 def outer(v: Tensor, k: Tensor) -> Tensor:

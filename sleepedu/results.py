@@ -35,7 +35,7 @@ def label(run: Run) -> str:
     """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
     words = [LABELS.get(e.model, f"N={e.passes}")]
-    if e.carry != "hidden":
+    if e.carry != e.recipe.carry:
         words.append(e.carry)
     if e.steps:
         words.append(f"{e.steps:,} steps")

@@ -49,6 +49,7 @@ def assert_fails(capsys, arguments, message):
         (["evaluate", "no-such-run"], "there is no run 'no-such-run'"),
         (["evaluate"], "run"),
         (["results", "--runs", "/no/such/folder"], "/no/such/folder"),
+        (["export-live", "--runs", "/no/such/folder"], "there is no run '/no/such/folder/graph-laptop-sleep-N1-seed0'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -24,6 +24,8 @@ EDGES = [
     {"quantities": 3, "operations": 1, "sums": True},
     {"quantities": 6, "operations": 5, "ask": "one", "windows": 7},
     {"quantities": 26, "operations": 25},
+    {"digits": 2, "less": False},
+    {"digits": 5, "ask": "one", "sums": True, "name_words": 2},
 ]
 
 
@@ -56,15 +58,16 @@ def read(text: str) -> dict[str, tuple[str, list[str]]]:
 def solve(text: str) -> dict[str, int]:
     """Return the digit of every dial, found by going through the sentences until all are understood."""
     facts, digits = read(text), {}
+    size = int(re.match(r"Each dial shows a digit from 0 to (\d)", text)[1]) + 1
     while len(digits) < len(facts):
         before = len(digits)
         for name, (kind, rest) in facts.items():
             if kind == "given":
                 digits[name] = int(rest[0])
             elif kind == "plus" and rest[0] in digits and rest[1] in digits:
-                digits[name] = (digits[rest[0]] + digits[rest[1]]) % 10
+                digits[name] = (digits[rest[0]] + digits[rest[1]]) % size
             elif kind in ("more", "less") and rest[1] in digits:
-                digits[name] = (digits[rest[1]] + int(rest[0]) * (1 if kind == "more" else -1)) % 10
+                digits[name] = (digits[rest[1]] + int(rest[0]) * (1 if kind == "more" else -1)) % size
         assert len(digits) > before, "the sentences go in a circle"
     return digits
 
@@ -134,26 +137,30 @@ def test_every_asks_all_dials_and_given_ones_are_a_bridge():
     task = MathReasoning()
     episode = draw_from(task, 300)
     depth = episode.depth[:, 1::2]
-    assert task.given == 2 and (depth.sort(dim=1).values[:, :2] == 0).all()
+    assert task.given == 3 and (depth.sort(dim=1).values[:, :3] == 0).all()
     assert (episode.targets[:, 1::2] >= 0).all() and (episode.targets[:, 0::2] == UNSCORED).all()
     for i in range(300):
         assert sorted(words_of(task, episode.prompt[i, 1::2])) == sorted(COLOURS[:8])
-        assert set(task.depths) <= set(depth[i].tolist())
+        assert set(depth[i].tolist()) == set(range(int(depth[i].max()) + 1)), "a depth is left out"
+    assert set(depth.max(dim=1).values.tolist()) == set(task.depths), "problems are not of every depth"
     only = draw_from(task, 300, depth=3)
     assert torch.equal(only.asked, only.depth == 3) and only.asked.any(dim=1).all()
 
 
 @pytest.mark.parametrize("settings", FORMS, ids=str)
-def test_depths_are_even_and_say_nothing_of_the_length(settings):
+def test_depths_say_nothing_of_the_length(settings):
     task = MathReasoning(**settings)
     depth = draw_from(task, 4000).depth
     share = torch.bincount(depth[depth > 0], minlength=5)[1:] / (depth > 0).sum()
-    torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.03)
+    if task.ask == "one":
+        torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.03)
+    else:
+        assert (share.diff() < 0).all() and share.min() > 0.04, "shallow dials should abound, deep ones occur"
     blank = task.words.index("_")
     lengths = [
         (draw_from(task, 2000, d, d).windows != blank).sum(dim=(1, 2)).double().mean().item() for d in task.depths
     ]
-    assert max(lengths) - min(lengths) < 0.15  # with sums, which are a word shorter, there is chance in it
+    assert max(lengths) - min(lengths) < 0.3  # with sums, which are a word shorter and go deep, there is chance in it
     assert task.sums or len(set(lengths)) == 1
 
 
@@ -174,7 +181,7 @@ def test_given_dials_stand_anywhere_in_the_text():
     episode = draw_from(task, 2000)
     kinds = [[kind for kind, _ in read(task.problem(episode, i)).values()] for i in range(2000)]
     for place in range(8):
-        assert sum(kind[place] == "given" for kind in kinds) / 2000 == pytest.approx(1 / 4, abs=0.04)
+        assert sum(kind[place] == "given" for kind in kinds) / 2000 == pytest.approx(3 / 8, abs=0.04)
 
 
 def test_names_are_drawn_afresh():
@@ -209,16 +216,18 @@ def share_right(guess, episode) -> tuple[float, float]:
     return share.mean().item(), share.std().item() / len(share) ** 0.5
 
 
-@pytest.mark.parametrize("settings", [{}, {"ask": "one"}, {"sums": True}, {"ask": "one", "sums": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"ask": "one"}, {"sums": True}, {"ask": "one", "sums": True}, {"digits": 5}], ids=str
+)
 @pytest.mark.parametrize("guesser", GUESSERS)
-def test_guessers_are_right_one_time_in_ten(settings, guesser):
+def test_guessers_are_right_one_time_in_all_digits(settings, guesser):
     """The most frequent number depends on all numbers and may stray: a point down, 0.3 up, in 300,000 problems."""
     task = MathReasoning(**settings)
     stray = (0.012, 0.004) if "frequent" in guesser else (0, 0)
     for depth in (None, *task.depths):
         episode = draw_from(task, 10_000, 7 + (depth or 0), depth)
-        share, error = share_right(GUESSERS[guesser](episode), episode)
-        assert 0.1 - stray[0] - 4 * error < share < 0.1 + stray[1] + 4 * error, f"depth {depth}"
+        share, error = share_right(GUESSERS[guesser](task, episode), episode)
+        assert 1 / task.digits - stray[0] - 4 * error < share < 1 / task.digits + stray[1] + 4 * error, f"depth {depth}"
 
 
 def test_guessers_guess_what_they_say():
@@ -226,9 +235,9 @@ def test_guessers_guess_what_they_say():
     text = "what does red show ? red shows 3 more than blue . blue shows 7 . green shows 3 less than red ."
     windows = torch.tensor([[task.encode("_ _ " + text)]])
     episode = Episode(windows, torch.tensor([[0]]), torch.tensor([[4]]), torch.tensor([[1]]))
-    assert [int(guess(episode)) for guess in GUESSERS.values()] == [4, 3, 3]
+    assert [int(guess(task, episode)) for guess in GUESSERS.values()] == [4, 3, 3]
     last = torch.tensor([[task.encode("red shows 7 . blue shows 0 . green shows 7 .")]])
-    assert int(GUESSERS["the last number in the text"](Episode(last, *[torch.tensor([[0]])] * 3))) == 7
+    assert int(GUESSERS["the last number in the text"](task, Episode(last, *[torch.tensor([[0]])] * 3))) == 7
 
 
 def surface(text: str, name: str) -> dict[str, object]:
@@ -284,7 +293,7 @@ def test_encode_turns_english_back_into_the_tokens(settings):
     for tokens in (episode.windows[1].flatten().tolist(), episode.prompt[1].tolist()):
         assert task.encode(" ".join(task.words[token] for token in tokens)) == tokens
     rule, rest = task.problem(episode, 2).split("\n\n")
-    assert rule == RULE
+    assert rule == RULE.format(last=9)
     text = rest if task.ask == "one" else rest.split("\n", maxsplit=1)[1]
     blank = task.words.index("_")
     assert task.encode(text) == [token for token in episode.windows[2].flatten().tolist() if token != blank]
@@ -386,6 +395,7 @@ def test_a_batch_or_depth_that_cannot_be_is_refused(batch, depth, message):
         ({"ask": "all"}, "ask 'all' is unknown: use 'every' or 'one'"),
         ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"name_words": 3}, "name_words must be 1 or 2, got 3"),
+        ({"digits": 11}, r"digits must lie in 2\.\.10, got 11"),
     ],
     ids=str,
 )

@@ -3,9 +3,14 @@
 import os
 import re
 import shutil
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+
+from sleepedu import live
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "_build" / "html" / "book"
@@ -36,28 +41,34 @@ def browser():
         opened.close()
 
 
-@pytest.fixture(params=CHAPTERS + OTHERS)
-def page(request, browser):
+@contextmanager
+def opened(browser, name, **settings):
     """One page of the book; what it asked of other hosts and what went wrong in it are kept on the page object."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    opened = context.new_page()
-    opened.requests_outside, opened.problems = [], []
+    context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}} | settings))
+    page = context.new_page()
+    page.requests_outside, page.problems = [], []
 
     def decide(route):
         if route.request.url.startswith(("file:", "data:", "blob:")):
             route.continue_()
         else:
-            opened.requests_outside.append(route.request.url)
+            page.requests_outside.append(route.request.url)
             route.abort()
 
     context.route("**/*", decide)
-    opened.on("pageerror", lambda error: opened.problems.append(str(error)))
-    opened.on("console", lambda m: opened.problems.append(m.text) if m.type == "error" else None)
-    opened.goto((ROOT / "_build" / "html" / f"{request.param}.html").as_uri())
-    opened.wait_for_load_state("load")
-    opened.name = request.param
-    yield opened
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda m: page.problems.append(m.text) if m.type == "error" else None)
+    page.goto((ROOT / "_build" / "html" / f"{name}.html").as_uri())
+    page.wait_for_load_state("load")
+    page.name = name
+    yield page
     context.close()
+
+
+@pytest.fixture(params=CHAPTERS + OTHERS)
+def page(request, browser):
+    with opened(browser, request.param) as page:
+        yield page
 
 
 def test_page_is_whole(page):
@@ -119,3 +130,147 @@ def test_page_fits_a_phone(page):
     page.set_viewport_size({"width": 360, "height": 740})
     page.wait_for_timeout(200)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 361
+
+
+@pytest.fixture
+def intro(browser):
+    """The page with the live model; whatever a test did there, nothing went wrong and nobody else was asked."""
+    with opened(browser, "book/intro") as page:
+        yield page
+        assert page.problems == [] and page.requests_outside == []
+
+
+@pytest.fixture(scope="module")
+def live_models():
+    return live.read_models((ROOT / "book" / "_extra" / "live" / "weights.js").read_text())
+
+
+def press(page, selector, key, times=1):
+    page.locator(selector).focus()
+    for _ in range(times):
+        page.keyboard.press(key)
+
+
+def choose(page, passes, hops):
+    """Move both sliders by keyboard."""
+    for name, value in (("passes", passes), ("hops", hops)):
+        press(page, f"#live-{name}", "Home")
+        press(page, f"#live-{name}", "ArrowRight", value - 1)
+        assert page.locator(f"output[for=live-{name}]").inner_text() == str(value)
+
+
+@pytest.mark.parametrize("passes", live.PASSES)
+def test_the_live_model_is_the_library_s(passes, intro, live_models):
+    generator = torch.Generator().manual_seed(passes)
+    for hops in (1, 2, 3, 4):
+        ring, told = (torch.randperm(8, generator=generator).tolist() for _ in range(2))
+        following = dict(pairwise([*ring, ring[0]]))
+        edges = [[node, following[node]] for node in told]
+        for start in (ring[0], told[0]):
+            logits, trace = live.ask(live_models[passes], passes, ring, told, start, hops)
+            given = intro.evaluate("a => sleepeduLive.answer(...a)", [passes, edges, hops, start])
+            torch.testing.assert_close(torch.tensor(given), logits, atol=1e-3, rtol=0)
+        slept = intro.evaluate(
+            "a => sleepeduLive.sleep(...a).map((S) => S.map((T) => T.map((M) => M.map((row) => [...row]))))",
+            [passes, edges],
+        )
+        expected = torch.stack([S[0][0] for S in trace.S[0][1:]])
+        torch.testing.assert_close(torch.tensor(slept)[:, 0], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_the_live_model_gets_lost_with_one_pass_and_arrives_with_four(intro):
+    verdict = intro.locator(".live-verdict")
+    assert verdict.get_attribute("role") == "status"
+    asked = "3 hops after C: the arrows go C → F → H → A."
+    choose(intro, 4, 3)
+    assert verdict.inner_text().startswith(f"N = 4, {asked} The model says A") and "right" in verdict.inner_text()
+    assert intro.locator(".live-pass canvas:visible").count() == 4
+    choose(intro, 1, 1)
+    assert "right" in verdict.inner_text()
+    choose(intro, 1, 3)
+    assert verdict.inner_text().startswith(f"N = 1, {asked} The model says H") and "wrong" in verdict.inner_text()
+    assert intro.locator(".live-node.wrong").inner_text() == "H"
+    intro.wait_for_function("document.querySelector('.live-there td').textContent === '98.4%'")
+    assert intro.locator(".live-there td").all_inner_texts() == ["98.4%", "31.8%", "25.4%", "23.9%"], "the stored run's"
+    assert intro.locator(".live-node.true").inner_text() == "A"
+
+
+def test_the_live_ring_is_redrawn_by_keyboard(intro):
+    nodes, verdict = intro.locator(".live-node"), intro.locator(".live-verdict")
+    before = nodes.all_inner_texts()
+    press(intro, ".live-node >> nth=1", "Enter")
+    assert nodes.nth(1).get_attribute("aria-pressed") == "true"
+    assert before[1] in intro.locator(".live-hint").inner_text()
+    press(intro, ".live-node >> nth=6", "Space")
+    after = nodes.all_inner_texts()
+    assert (after[1], after[6]) == (before[6], before[1])
+    assert " → ".join(after[:4]) in verdict.inner_text(), "the walk follows the arrows that are drawn"
+    assert nodes.nth(1).get_attribute("aria-label") == f"{after[1]}, with an arrow to {after[2]}"
+    told = intro.locator(".live-tokens span").all_inner_texts()
+    assert sorted(told) == sorted(f"{a} {b}" for a, b in pairwise([*after, after[0]]))
+
+    press(intro, "#live-start", "ArrowDown")
+    assert "after D" in verdict.inner_text()
+    press(intro, "#live-shuffle", "Enter")
+    again = nodes.all_inner_texts()
+    assert sorted(again) == sorted(before)
+    press(intro, "#live-retell", "Enter")
+    assert nodes.all_inner_texts() == again, "the same ring"
+    intro.wait_for_function("document.querySelector('.live-here td').textContent.endsWith(' of 8')")
+
+
+def test_live_controls_have_names_and_show_where_the_focus_is(intro):
+    for control in intro.locator(".live :is(input, select)").all():
+        assert intro.locator(f"label[for='{control.get_attribute('id')}']").inner_text()
+    for canvas in intro.locator(".live canvas").all():
+        assert "pass" in canvas.get_attribute("aria-label").lower()
+    intro.locator("#live-passes").focus()
+    for _ in range(intro.locator(".live :is(input, select, button)").count()):
+        style = (
+            "(() => { const s = getComputedStyle(document.activeElement); return s.outlineStyle + s.outlineWidth })()"
+        )
+        assert intro.evaluate("document.activeElement.closest('.live') !== null"), (
+            "the tab key goes through all of them"
+        )
+        assert intro.evaluate(style) == "solid3px"
+        intro.keyboard.press("Tab")
+    assert intro.evaluate("document.activeElement.closest('.live')") is None
+
+
+@pytest.mark.parametrize("width", [360, 768, 1600])
+def test_the_live_model_fits(width, intro):
+    intro.set_viewport_size({"width": width, "height": 800})
+    box = intro.locator(".live").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    outside = """() => [...document.querySelectorAll('.live *')].filter((e) => e.getBoundingClientRect().right >
+        document.querySelector('.live').getBoundingClientRect().right + 1).map((e) => e.outerHTML.slice(0, 80))"""
+    assert intro.evaluate(outside) == []
+
+
+def test_the_heat_maps_follow_the_theme(intro):
+    pixel = "[...document.querySelector('.live canvas').getContext('2d').getImageData(0, 0, 67, 16).data].slice(0, 64)"
+    colours = []
+    for theme in ("light", "dark"):
+        intro.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        intro.wait_for_timeout(50)
+        colours.append(intro.evaluate(pixel))
+    assert colours[0] != colours[1]
+
+
+def test_a_sleep_takes_less_than_a_blink(intro):
+    """A change of N or of the ring; a question alone takes much less. Ten times as long as it needs on an idle core."""
+    edges = [[node, (node + 1) % 8] for node in range(8)]
+    timed = "(edges) => { const t = performance.now(); sleepeduLive.sleep(4, edges); return performance.now() - t }"
+    assert min(intro.evaluate(timed, edges) for _ in range(5)) < 250
+
+
+def test_without_scripts_a_picture_stands_there(browser):
+    with opened(browser, "book/intro", java_script_enabled=False) as page:
+        assert page.locator("#fig-live img").is_visible()
+        assert "Scripts are off" in page.locator("article").inner_text()
+        assert page.locator(".live").count() == 0
+
+
+def test_only_the_first_page_loads_the_live_model(page):
+    loaded = [script for script in page.locator("script[src]").all() if "/live/" in script.get_attribute("src")]
+    assert len(loaded) == (3 if page.name == "book/intro" else 0)

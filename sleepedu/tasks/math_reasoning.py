@@ -1,9 +1,9 @@
 """Math reasoning: read sentences about dials in any order, then say what a dial shows that none of them gives.
 
-A dial shows a digit and turns past 9 back to 0, so all arithmetic is modulo 10. Every digit is then equally likely to
-be the answer, and an answer takes every number of its derivation: whoever misses one of them knows nothing. That is
-why "0 more than" occurs: without it a dial would never show what the dial it depends on shows, which is a hint. After
-GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's test of reasoning, without its varied wording.
+A dial shows a digit and turns past its last back to 0, so all arithmetic is modulo ``digits``. Every digit is then
+equally likely to be the answer, and an answer takes every number of its derivation: whoever misses one of them knows
+nothing. That is why "0 more than" occurs: without it a dial would never show what the dial it depends on shows, which
+is a hint. After GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's reasoning test, without its varied wording.
 """
 
 import re
@@ -26,19 +26,22 @@ PLACES = (
 )
 PAIRED = 20  # colours that go with the places, for names of two words
 GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
-RULE = "Each dial shows a digit from 0 to 9; one step up from 9 is 0, and one step down from 0 is 9."
+RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, and one step down from 0 is {last}."
 
 
 @dataclass(frozen=True)
 class MathReasoning(Task):
     """Sentences about ``quantities`` dials, in any order, then questions whose answers take several sentences each.
 
-    quantities: dials, one sentence each; about a quarter are given outright ("red shows 4 ."), the others derived
+    quantities: dials, one sentence each; about a third are given outright ("red shows 4 ."), the others derived
     ("blue shows 3 more than red ."). operations: the most derived dials in a derivation, the asked one included; that
-    number is the depth, and every problem has dials of each depth from 0 (given) to ``operations``. ask: "every" for
-    all dials, after the sleep; "one" for a single dial of depth 1 or more, named before the first sentence (the
-    paper's form): all other dials are distractors. windows: how many windows the text is cut into, padded on the left.
-    sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2.
+    number is the depth. ask: "every" for all dials, after the sleep; "one" for a single dial of depth 1 or more, named
+    before the first sentence (the paper's form): all other dials are distractors. With "one" every problem has dials of
+    each depth from 0 (given) to ``operations``; with "every" it goes 1 to ``operations`` deep, as chance has it: so
+    shallow dials abound, with which learning begins. windows: how many windows the text is cut into, padded on the
+    left. sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2. digits:
+    how many a dial has, 2 to 10; with fewer there is less arithmetic to learn, and chance is higher. less: whether
+    dials show less than others, too, or only more.
     Raises ValueError for fewer than 2 quantities or more than there are names, operations outside 1..quantities - 1
     (- 2 with sums, which need two given dials), or other settings outside these.
     """
@@ -49,6 +52,8 @@ class MathReasoning(Task):
     windows: int = 1
     sums: bool = False
     name_words: int = 1
+    digits: int = 10
+    less: bool = True
 
     name = "math"
     scoring = "each"
@@ -74,6 +79,8 @@ class MathReasoning(Task):
             )
         if self.ask not in ("every", "one"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'every' or 'one'")
+        if not 2 <= self.digits <= 10:
+            raise ValueError(f"digits must lie in 2..10, got {self.digits}")
         if self.windows < 1:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
 
@@ -82,7 +89,8 @@ class MathReasoning(Task):
         """Digits first (their ids are the digits), then the words of names, then all others, padding last."""
         names = COLOURS[: self.quantities] if self.name_words == 1 else (*COLOURS[:PAIRED], *PLACES)
         question = ("?",) if self.ask == "every" else ("what", "does", "show", "?", "=")
-        return (*"0123456789", *names, "shows", "more", "less", "than", *(["plus"] * self.sums), ".", *question, "_")
+        digits, relations = "0123456789"[: self.digits], ["more", *["less"] * self.less, "than", *["plus"] * self.sums]
+        return (*digits, *names, "shows", *relations, ".", *question, "_")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -91,7 +99,7 @@ class MathReasoning(Task):
     @property
     def given(self) -> int:
         """How many dials have their digit in the text."""
-        return min(max(2 if self.sums else 1, self.quantities // 4), self.quantities - self.operations)
+        return min(max(2 if self.sums else 1, (self.quantities + 1) // 3), self.quantities - self.operations)
 
     @property
     def window(self) -> int:
@@ -105,7 +113,7 @@ class MathReasoning(Task):
 
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
-        graph = _Graph(self, batch, generator)
+        graph = _Graph(self, batch, generator, depth)
         row = torch.arange(batch)[:, None]
         names = self._names(batch, generator)
         sentences = self._sentences(graph, names)[row, _shuffled(batch, self.quantities, generator)].flatten(1)
@@ -136,9 +144,9 @@ class MathReasoning(Task):
     def _names(self, batch: int, generator: torch.Generator) -> Tensor:
         """Return the tokens of every dial's name, (b, q, name_words): all different, drawn afresh each time."""
         if self.name_words == 1:
-            return 10 + _shuffled(batch, self.quantities, generator)[..., None]
+            return self.digits + _shuffled(batch, self.quantities, generator)[..., None]
         pair = _shuffled(batch, PAIRED * len(PLACES), generator)[:, : self.quantities]
-        return torch.stack((10 + pair // len(PLACES), 10 + PAIRED + pair % len(PLACES)), dim=-1)
+        return self.digits + torch.stack((pair // len(PLACES), PAIRED + pair % len(PLACES)), dim=-1)
 
     def _sentences(self, graph: "_Graph", names: Tensor) -> Tensor:
         """Return the sentence of every dial, (b, q, width): one template for all forms, padding where it has gaps."""
@@ -150,11 +158,10 @@ class MathReasoning(Task):
 
         form = graph.form
         always, step, plus = form >= 0, (form == MORE) | (form == LESS), form == PLUS
-        template = [
-            *(names, only(always, "shows"), only(~plus, graph.number[..., None])),
-            *(only(form == MORE, "more"), only(form == LESS, "less"), only(step, "than")),
-            only(form != GIVEN, names[row, graph.first]),
-        ]
+        template = [names, only(always, "shows"), only(~plus, graph.number[..., None]), only(form == MORE, "more")]
+        if self.less:
+            template.append(only(form == LESS, "less"))
+        template += [only(step, "than"), only(form != GIVEN, names[row, graph.first])]
         if self.sums:
             template += [only(plus, "plus"), only(plus, names[row, graph.second])]
         return torch.cat((*template, only(always, ".")), dim=-1)
@@ -175,7 +182,7 @@ class MathReasoning(Task):
         several = ", ".join(asked[:-1]) + " and " + asked[-1]
         question = f"What does {asked[0]} show?" if len(asked) == 1 else f"What do {several} show?"
         facts = [f"{name} shows {' '.join(fact)}." for name, fact in self._facts(episode, index).items()]
-        return "\n".join([RULE, "", question, *(fact.capitalize() for fact in facts)])
+        return "\n".join([RULE.format(last=self.digits - 1), "", question, *(fact.capitalize() for fact in facts)])
 
     def derivation(self, episode: Episode, index: int, name: str) -> list[str]:
         """Return how a dial's digit is worked out, a line for every dial that it takes, its own last.
@@ -240,9 +247,9 @@ class MathReasoning(Task):
             less = _form(fact) == "less"
             total += -numbers[1] if less else numbers[1]
             line += f" {'-' if less else '+'} {numbers[1]} = {total}"
-        if total not in range(10):
-            line += f", on the dial {total % 10}"
-        return steps | {name: (total % 10, line)}
+        if total not in range(self.digits):
+            line += f", on the dial {total % self.digits}"
+        return steps | {name: (total % self.digits, line)}
 
 
 class _Graph:
@@ -252,21 +259,22 @@ class _Graph:
     what makes an answer independent of all numbers but one; and operations simply add up.
     """
 
-    def __init__(self, task: MathReasoning, batch: int, generator: torch.Generator):
+    def __init__(self, task: MathReasoning, batch: int, generator: torch.Generator, depth: int | None):
         self.generator = generator
         shape, levels = (batch, task.quantities), torch.arange(task.operations + 1)
-        others = torch.randint(
-            1, task.operations + 1, (batch, task.quantities - task.given - task.operations), generator=generator
-        )
-        certain = torch.cat((torch.zeros(task.given, dtype=torch.long), levels[1:])).expand(batch, -1)
+        shallowest = task.operations if task.ask == "one" else depth or 1
+        deepest = torch.randint(shallowest, task.operations + 1, (batch, 1), generator=generator)
+        others = torch.rand(batch, task.quantities - task.given - task.operations, generator=generator)
+        others = 1 + (others * deepest).long()
+        certain = torch.cat((torch.zeros(task.given, dtype=torch.long), levels[1:])).minimum(deepest)
         self.operations = torch.cat((certain, others), dim=1).sort(dim=1).values
         levels = levels.expand(batch, -1).contiguous()
         self.start = torch.searchsorted(self.operations, levels)
         self.stop = torch.searchsorted(self.operations, levels, right=True)
 
         derived = self.operations > 0
-        self.number = torch.randint(10, shape, generator=generator)
-        self.form = torch.randint(MORE, LESS + 1, shape, generator=generator).where(derived, GIVEN)
+        self.number = torch.randint(task.digits, shape, generator=generator)
+        self.form = torch.randint(MORE, LESS + task.less, shape, generator=generator).where(derived, GIVEN)
         self.first = self.any_of((self.operations - 1).clamp(min=0))
         if task.sums:
             self._add_sums(task)
@@ -276,7 +284,7 @@ class _Graph:
             digit = source + torch.where(self.form == LESS, -self.number, self.number)
             if task.sums:
                 digit = torch.where(self.form == PLUS, source + self.digit.gather(1, self.second), digit)
-            self.digit = torch.where(self.operations == level, digit % 10, self.digit)
+            self.digit = torch.where(self.operations == level, digit % task.digits, self.digit)
 
     def any_of(self, operations: Tensor) -> Tensor:
         """Return a random dial that needs so many operations: (b, n) -> (b, n)."""
@@ -317,27 +325,27 @@ def _sources(fact: list[str]) -> list[str]:
     return [" ".join(fact[3:])] if len(fact) > 1 else []
 
 
-def best_constant(episode: Episode) -> Tensor:
+def best_constant(task: MathReasoning, episode: Episode) -> Tensor:
     """Guess for every question the digit that is most often right: (b, p)."""
-    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=10)
+    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=task.digits)
     return counts.argmax().expand_as(episode.targets)
 
 
-def most_frequent_number(episode: Episode) -> Tensor:
+def most_frequent_number(task: MathReasoning, episode: Episode) -> Tensor:
     """Guess the number that occurs most often in the text: (b, p)."""
     text = episode.windows.flatten(1)
-    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(10)], dim=1)
+    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(task.digits)], dim=1)
     return counts.argmax(dim=1, keepdim=True).expand_as(episode.targets)
 
 
-def last_number(episode: Episode) -> Tensor:
+def last_number(task: MathReasoning, episode: Episode) -> Tensor:
     """Guess the last number in the text: (b, p)."""
     text = episode.windows.flatten(1)
-    place = torch.where(text < 10, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
+    place = torch.where(text < task.digits, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
     return text.gather(1, place).expand_as(episode.targets)
 
 
-GUESSERS: dict[str, Callable[[Episode], Tensor]] = {
+GUESSERS: dict[str, Callable[[MathReasoning, Episode], Tensor]] = {
     "the best constant answer": best_constant,
     "the most frequent number in the text": most_frequent_number,
     "the last number in the text": last_number,

@@ -1,0 +1,113 @@
+"""The exported models: up to date with their runs, small, rounded without harm. The browser's part is in test_pages."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sleepedu import experiments, live
+from sleepedu.__main__ import main
+from sleepedu.evaluation import accuracy_by_depth
+
+FOLDER = Path(__file__).resolve().parent.parent / "book" / "_extra" / "live"
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[experiments.Run]:
+    return live.find_runs()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return live.read_models((FOLDER / "weights.js").read_text())
+
+
+def test_the_committed_weights_are_those_of_the_runs(runs):
+    again = "write them again: python -m sleepedu export-live"
+    assert (FOLDER / "weights.js").read_text() == live.script(runs), again
+    assert [run.settings["train"]["passes"] for run in runs] == list(live.PASSES), "each N has a model of its own"
+
+
+def test_scripts_and_weights_are_small():
+    files = [path for path in FOLDER.iterdir() if path.suffix in (".js", ".css")]
+    assert len(files) == 4 and sum(path.stat().st_size for path in files) < 500_000
+
+
+@pytest.mark.parametrize("passes", live.PASSES)
+def test_rounding_leaves_the_stored_table_within_its_interval(passes, runs, models):
+    run = runs[passes - 1]
+    table = accuracy_by_depth(models[passes], run.make_task(), passes)  # on the examples of the stored table
+    for depth, stored in run.table.items():
+        one_answer = 1 / (stored.n * run.make_task().queries)  # by which 100% lies above an interval that ends there
+        assert stored.low <= table[depth].accuracy <= stored.high + one_answer, f"N = {passes}, k = {depth}"
+
+
+@pytest.mark.parametrize("characters, levels", [(1, 91), (2, 91**2)])
+def test_a_matrix_is_rounded_to_half_a_level_of_its_row(characters, levels):
+    torch.manual_seed(0)
+    matrix = torch.randn(40, 64) * torch.logspace(-6, 3, 40)[:, None]
+    matrix[7] = 0
+    packed = live.pack(matrix, characters)
+    assert set(packed["levels"]) <= {chr(code) for code in range(35, 127)} - {"\\"}, "nothing in it needs escaping"
+    error = (live.unpack(packed) - matrix).abs().amax(dim=1)
+    assert (error <= matrix.abs().amax(dim=1) / (levels - 1) * 1.001).all()
+    assert torch.equal(live.unpack(packed)[7], torch.zeros(64))
+
+
+@pytest.mark.parametrize("characters, most", [(1, 45), (2, 4140)])
+def test_every_level_comes_back(characters, most):
+    levels = torch.arange(-most, most + 1, dtype=torch.float32)[None]
+    assert torch.equal(live.unpack(live.pack(levels, characters)), levels)
+
+
+def test_a_vector_is_not_rounded():
+    vector = torch.randn(64)
+    assert torch.equal(live.unpack(live.pack(vector)), vector)
+
+
+def test_a_question_is_asked_as_the_task_asks_it(runs, models):
+    task = runs[3].make_task()
+    episode = task.sample(1, torch.Generator().manual_seed(3), depth=4)
+    following = task.successors(episode)[0].tolist()
+    ring = [0]
+    while len(ring) < task.nodes:
+        ring.append(following[ring[-1]])
+    told = episode.windows[0, 0, ::2].tolist()
+    start, right = episode.prompt[0, 1].item(), episode.targets[0, 1].item()
+    logits, trace = live.ask(models[4], 4, ring, told, start, 4)
+    assert logits.argmax() == right and len(trace.S[0]) == 5
+
+
+def test_the_first_page_tells_the_runs_numbers(runs):
+    text = " ".join((FOLDER.parent.parent / "intro.md").read_text().split())
+    first, last = runs[0].table, runs[-1].table
+    assert first[1].n == 2000 and "Over 2,000 fresh rings" in text
+    assert (
+        f"about one hop in {first[1].accuracy:.0%} of the questions and about three in {first[3].accuracy:.0%}" in text
+    )
+    assert last[1].accuracy == last[3].accuracy == 1 and "right about both in all of them" in text
+
+
+def test_export_live_writes_weights_and_picture(tmp_path, capsys):
+    assert main(["export-live", "--to", str(tmp_path / "live")]) == 0
+    assert re.findall(r"([a-z]+\.[a-z]+): [\d,]+ bytes", capsys.readouterr().out) == ["weights.js", "still.png"]
+    assert (tmp_path / "live" / "weights.js").read_bytes() == (FOLDER / "weights.js").read_bytes()
+    assert (tmp_path / "live" / "still.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_do_not_go_together_are_refused(runs, tiny_run):
+    with pytest.raises(ValueError, match="not of one task and one model"):
+        live.script([runs[0], tiny_run])
+
+
+def test_missing_weights_are_one_line_and_nothing_is_written(tmp_path, capsys):
+    for passes in live.PASSES:
+        name = f"graph-laptop-sleep-N{passes}-seed0"
+        shutil.copytree(experiments.COMMITTED / name, tmp_path / "runs" / name)
+    (tmp_path / "runs" / name / "weights.pt").unlink()
+    assert main(["export-live", "--runs", str(tmp_path / "runs"), "--to", str(tmp_path / "live")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "weights.pt is missing" in error
+    assert not (tmp_path / "live").exists()
