@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sleepedu import checks
 from sleepedu.model import FastWeights, SleepLM
 from sleepedu.tasks.base import Episode
 
@@ -256,8 +257,8 @@ class Session:
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):
         check_passes(passes)
         _check_sleeps(model)
-        if window < 1 or batch < 1:
-            raise ValueError(f"window and batch must be at least 1, got {window} and {batch}")
+        checks.whole("window", window, least=1)
+        checks.whole("batch", batch, least=1)
         if 0 < model.config.positions < window:
             raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
         self.model, self.window, self.passes, self.batch = model, window, passes, batch

@@ -124,9 +124,9 @@ def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
         ({"passes": 0}, r"passes \(N\) .* got 0"),
         ({"model": "transformer", "passes": 2}, "model 'transformer' does not sleep: passes must be 1, got 2"),
         ({"model": "longer", "passes": 2}, "model 'longer' does not sleep"),
-        ({"seed": -1}, "seed and steps must not be negative, got -1 and 0"),
+        ({"seed": -1}, "seed must lie in 0..4294967295, got -1"),
         ({"learning_rate": -0.1}, "learning_rate must be above 0, got -0.1"),
-        ({"steps": -5}, "seed and steps must not be negative, got 0 and -5"),
+        ({"steps": -5}, "steps must be at least 0, got -5"),
     ],
 )
 def test_wrong_experiments_are_named(settings, message):
