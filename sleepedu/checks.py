@@ -2,13 +2,15 @@
 
 import math
 
+MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
 
-def whole(name: str, value: object, least: int, most: int | None = None) -> None:
+
+def whole(name: str, value: object, least: int, most: int = MOST) -> None:
     """Raise ValueError, which names the setting and what is allowed, unless value is an int in least..most."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if value < least or (most is not None and value > most):
-        limits = f"be at least {least}" if most is None else f"lie in {least}..{most}"
+    if not least <= value <= most:
+        limits = f"be at least {least}" if most == MOST and value < least else f"lie in {least}..{most}"
         raise ValueError(f"{name} must {limits}, got {value}")
 
 

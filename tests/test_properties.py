@@ -29,7 +29,7 @@ common = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("ci", max_examples=12, derandomize=True, **common)
-settings.register_profile("soak", max_examples=400, **common)
+settings.register_profile("soak", max_examples=1000, **common)
 settings.load_profile("soak" if SOAK else "ci")
 
 
@@ -185,7 +185,8 @@ def test_model_settings_make_a_model_or_are_refused(chosen, vocabulary):
     except ValueError as error:
         assert any(name in str(error) for name in ("vocabulary", *chosen)), f"{error} names no setting of {chosen}"
         return
-    assume(max(config.vocabulary, config.mlp_ratio, *config.state_shape, config.convolution, config.positions) < 1000)
+    sizes = (config.vocabulary, config.width * config.mlp_ratio, config.convolution, config.positions)
+    assume(max(*sizes, *config.state_shape) < 1000)
     model = SleepLM(config)
     length = min(config.positions or 3, 3)
     tokens = torch.randint(config.vocabulary, (2, length), generator=generator())
@@ -277,16 +278,16 @@ def test_a_session_reads_pieces_of_any_size_or_refuses(layout, carry, window, pa
         try:
             assert session.answer(tokens).shape == (batch, length, 7)
         except ValueError as error:
-            assert length > window and "does not fit" in str(error)
+            assert ("does not fit" if length else "must have a token") in str(error) and not 1 <= length <= window
         if session.sleeps > read // window:
             return  # it slept to make room for the prompt
 
 
-sizes = st.integers(0, 4)
+sizes = st.integers(1, 4)
 
 
 @holds(
-    shape=st.tuples(sizes, sizes, st.integers(0, 40), sizes, sizes), chunk=st.sampled_from([1, 5, 64]),
+    shape=st.tuples(st.integers(0, 4), sizes, st.integers(0, 40), sizes, sizes), chunk=st.sampled_from([1, 5, 64]),
     wrong=st.sampled_from(["", "", "k", "v", "log_a", "b", "S"]), forget=st.floats(-100, 0), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_rules_keep_their_shapes_and_the_chunked_form_agrees(shape, chunk, wrong, forget, seed):
@@ -331,7 +332,7 @@ def test_accuracies_lie_in_their_intervals_or_are_refused(task, passes, examples
     assert list(table) == list(task.depths)
     for accuracy in table.values():
         assert 0 <= accuracy.low <= accuracy.accuracy <= accuracy.high <= 1
-        assert accuracy.n == examples and 0 < accuracy.majority <= 1
+        assert accuracy.n == examples and 0 <= accuracy.majority <= 1
 
 
 @holds(right=st.integers(0, 10**6), n=st.integers(1, 10**6))
@@ -349,12 +350,10 @@ def test_a_mean_over_seeds_lies_in_its_interval(shares):
 
 
 def draw(n, depth):
-    figure = Figure(figsize=(0.4, 0.4), dpi=30)
-    figure.text(0, 0, f"{n}")
-    return figure
+    return Figure(figsize=(0.4, 0.4), dpi=30)
 
 
-values = st.lists(st.one_of(st.integers(-3, 99), st.text(max_size=3)), max_size=3, unique=True)
+values = st.lists(st.one_of(st.integers(-3, 99), st.text(max_size=3)), max_size=2, unique=True)
 
 
 @holds(passes=values, depths=values, words=st.text(max_size=20))
