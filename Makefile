@@ -1,10 +1,11 @@
-# Two commands: `make book` and `make test`. Both set up .venv first, once, and again when requirements.txt changes.
+# Two commands: `make book` and `make test`; `make soak` looks for what breaks. All set up .venv first, once, and again when
+# requirements.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
 # The models here are small: a second thread per process costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint unit notebooks pages clean
+.PHONY: book test lint unit notebooks pages soak clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -25,6 +26,10 @@ notebooks: .venv/ready
 
 pages: .venv/ready
 	$(BIN)/python -m pytest tests/test_pages.py
+
+# The campaigns of `make test`, many times as long: kills, damaged files, random input. They end with what was tried.
+soak: .venv/ready
+	SOAK=1 $(BIN)/python -m pytest tests/test_interruptions.py tests/test_hostile_files.py tests/test_properties.py
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,7 @@
-"""The command line: ``python -m sleepedu train | evaluate | probe | results | bench | export-live``.
+"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench | export-live``.
 
-Wrong input gives one line on stderr and exit code 2; an interrupted training run resumes with the same command.
+Wrong input gives one line on stderr and exit code 2, a run that is not reproduced exit code 1; an interrupted training
+run resumes with the same command.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import benchmark, distributed, experiments, live, probes
+from sleepedu import benchmark, checks, distributed, experiments, live, probes, reproduction
 from sleepedu import results as tables
 from sleepedu.evaluation import Table, accuracy_by_depth
 from sleepedu.model import CARRIES
@@ -27,11 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         threads = getattr(options, "threads", 1)
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        checks.whole("threads", threads, least=1, most=1024)
         torch.set_num_threads(threads)
-        options.command(options)
+        code = options.command(options) or 0
         sys.stdout.flush()
+        return code
     except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError) as error:
@@ -95,6 +96,13 @@ def probe(options: argparse.Namespace) -> None:
         print(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
     else:
         print("\n\n".join("\n".join(found.lines()) for found in shown))
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    watch = None if options.quiet else print_progress
+    done = reproduction.reproduce(experiments.load(options.run), options.runs, watch)
+    print("\n".join(done.lines))
+    return 0 if done.reproduced else 1
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -189,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="every run by itself, with its intervals")
     form.add_argument("--markdown", action="store_true", help="as on the book's page of results")
     command.set_defaults(command=results)
+
+    command = commands.add_parser("reproduce", help="train a stored run again and compare")
+    command.add_argument("run", help="a run's name or folder")
+    command.add_argument("--runs", type=Path, help="folder to keep the new run in; it is not kept when absent")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command.set_defaults(command=reproduce)
 
     command = commands.add_parser("bench", help="measure what sleep costs on this machine")
     command.add_argument("--only", nargs="+", default=list(benchmark.PARTS), metavar="PART", help="a part or more")

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from sleepedu import checks
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
 from sleepedu.tasks.base import Episode, Task
 from sleepedu.training import TESTING, stream
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
+BATCH = 500  # examples that are read at once
 T95 = (math.nan, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 
 
@@ -30,18 +32,19 @@ Table = dict[int, Accuracy]  # depth -> accuracy
 
 @torch.no_grad()
 def accuracy_by_depth(
-    model: SleepLM, task: Task, passes: int, examples: int = 2000, seed: int = 0, batch: int = 500
+    model: SleepLM, task: Task, passes: int, examples: int = 2000, seed: int = 0, batch: int = BATCH
 ) -> Table:
     """Return how often the model is right at every depth of the task, on ``examples`` fresh examples per depth.
 
     An answer of several tokens is right when all of them are. The interval is Wilson's. An example counts once however
     many questions it asks, because questions about the same graph or row are not independent; where they are, the
     interval is wider than it need be. Examples never coincide with training's.
-    Raises ValueError for N < 1, examples < 1 or a vocabulary smaller than the task's.
+    batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
+    outside 0..2^32 - 1 or a vocabulary smaller than the task's.
     """
     check_passes(passes)
-    if examples < 1:
-        raise ValueError(f"examples must be at least 1, got {examples}")
+    checks.whole("batch", batch, least=1)
+    check_examples(examples, batch)
     if model.config.vocabulary < len(task.words):
         raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
     device = model.head.weight.device
@@ -59,6 +62,11 @@ def accuracy_by_depth(
         low, high = wilson_interval(right / examples, examples)
         table[depth] = Accuracy(right / examples, low, high, examples, by_constant / examples)
     return table
+
+
+def check_examples(examples: int, batch: int = BATCH) -> None:
+    """Raise ValueError unless so many examples can be drawn: the stream of each depth has 10,000 batches."""
+    checks.whole("examples", examples, least=1, most=10_000 * batch)
 
 
 def _share_right(task: Task, right: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:

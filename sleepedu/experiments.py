@@ -4,13 +4,12 @@ An ``Experiment`` names a run in words; its recipe turns that into settings; the
 ``run`` returns the stored run with that fingerprint, or trains it now.
 """
 
-import hashlib
 import json
-import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +18,8 @@ from typing import Any
 import numpy
 import torch
 
-from sleepedu import distributed
-from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth
+from sleepedu import checks, distributed, storage
+from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth, check_examples
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import Checkpoint, History, TrainConfig, can_compile, first_line, parameter_count, train
@@ -134,8 +133,8 @@ class Experiment:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
         if self.model != "sleep" and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
-        if self.seed < 0 or self.steps < 0:
-            raise ValueError(f"seed and steps must not be negative, got {self.seed} and {self.steps}")
+        checks.whole("steps", self.steps, least=0)
+        checks.finite("learning_rate", self.learning_rate)
         object.__setattr__(self, "carry", self.carry or self.recipe.carry)
         _ = self.settings  # every wrong value is found at the door
 
@@ -196,7 +195,11 @@ class Experiment:
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return _json_checksum(settings)[:16]
+
+
+def _json_checksum(value: Any) -> str:
+    return storage.checksum(json.dumps(value, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ class Run:
     history: History
     table: Table
     provenance: dict[str, Any]
+    weights: str  # the SHA-256 of weights.pt, "" for a run stored without
 
     @property
     def name(self) -> str:
@@ -224,9 +228,12 @@ class Run:
         path = self.path / "weights.pt"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: the run cannot be used without its weights")
+        content = path.read_bytes()
         model = SleepLM(ModelConfig(**self.settings["model"]))
         try:
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            if storage.checksum(content) != self.weights:
+                raise ValueError("they do not have the checksum in run.json")
+            model.load_state_dict(storage.unpack(content))
         except Exception as error:  # torch raises whatever the broken bytes lead it to
             raise ValueError(
                 f"{path} does not hold this run's weights ({first_line(error)}): "
@@ -268,49 +275,68 @@ def run(
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
     compile: as in ``train``; None means where it can and pays, in a run of 1,000 steps or more on a CPU.
     Under ``torchrun`` all ranks train together; the first then evaluates and stores the run, the others return None.
-    Raises ValueError for a device that is unknown or not there, or examples below 1.
+    Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
+    another process is training the same run; OSError when it cannot be written.
     """
-    if examples < 1:
-        raise ValueError(f"examples must be at least 1, got {examples}")
+    check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
     for store in (COMMITTED, Path(directory)):
         path = store / experiment.name
         if (path / "run.json").exists():
             found = load(path)
             if _fingerprint(found.settings) == experiment.fingerprint:
+                if store != COMMITTED:
+                    Checkpoint.remove(path)  # there is one when the run was killed as it finished
                 return found
-    path = Path(directory) / experiment.name
+    return train_and_store(experiment, Path(directory) / experiment.name, where, watch, examples, compile)
+
+
+def train_and_store(
+    experiment: Experiment,
+    path: Path,
+    device: torch.device,
+    watch: Callable[[History, TrainConfig], None] | None = None,
+    examples: int = 2000,
+    compile: bool | None = None,
+) -> Run | None:
+    """Train, evaluate and store a run in the folder ``path``, whatever the stores have; arguments as in ``run``."""
     task = experiment.make_task()
     if compile is None:
-        compile = where.type == "cpu" and experiment.train_config.steps >= 1000 and can_compile(where)
-    with distributed.process_group(where):
-        torch.manual_seed(experiment.seed)
-        model = SleepLM(experiment.model_config).to(where)
-        history = train(model, task, experiment.train_config, path, watch, compile)
-        ranks = distributed.ranks()
-    if not distributed.is_first():
-        return None
-    write_whole(path / "weights.pt", lambda partial: torch.save(model.state_dict(), partial))
-    table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
-    stored = {
-        "version": VERSION,
-        "fingerprint": experiment.fingerprint,
-        "experiment": asdict(experiment),
-        "settings": experiment.settings,
-        "table": {depth: asdict(accuracy) for depth, accuracy in table.items()},
-        "provenance": {**_provenance(model, history, where, compile and can_compile(where)), "ranks": ranks},
-        "history": asdict(history),
-    }
-    write_whole(path / "run.json", lambda partial: partial.write_text(_readable_json(stored)))
-    (path / Checkpoint.FILE).unlink(missing_ok=True)
+        compile = device.type == "cpu" and experiment.train_config.steps >= 1000 and can_compile(device)
+    with ExitStack() as stack:
+        with distributed.process_group(device):
+            distributed.check_batch(experiment.train_config.batch)
+            if distributed.is_first():
+                stack.enter_context(storage.sole_use(path))
+            torch.manual_seed(experiment.seed)
+            model = SleepLM(experiment.model_config).to(device)
+            history = train(model, task, experiment.train_config, path, watch, compile)
+            ranks = distributed.ranks()
+        if not distributed.is_first():
+            return None
+        weights = storage.pack(model.state_dict())
+        storage.write(path / "weights.pt", weights)
+        table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
+        stored = {
+            "version": VERSION,
+            "fingerprint": experiment.fingerprint,
+            "weights": storage.checksum(weights),
+            "experiment": asdict(experiment),
+            "settings": experiment.settings,
+            "table": {str(depth): asdict(accuracy) for depth, accuracy in table.items()},
+            "provenance": {**_provenance(model, history, device, compile and can_compile(device)), "ranks": ranks},
+            "history": asdict(history),
+        }
+        storage.write(path / "run.json", _sealed(stored))
+        Checkpoint.remove(path)
     return load(path)
 
 
 def load(run: Path | str) -> Run:
     """Return a finished run, named by its folder or, for a stored one, by its name alone.
 
-    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken or of another
-    version.
+    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken, changed or of
+    another version.
     """
     path = Path(run)
     if not path.exists():
@@ -323,24 +349,68 @@ def load(run: Path | str) -> Run:
             "training was interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
         )
         raise FileNotFoundError(f"{path} holds no finished run (no run.json{'; ' + unfinished if unfinished else ''})")
+    content = file.read_bytes()
     try:
-        stored = json.loads(file.read_text())
-        if stored["version"] != VERSION:
-            raise ValueError(f"{file} is of version {stored['version']}, this library reads version {VERSION}")
-        if stored["fingerprint"] != _fingerprint(stored["settings"]):
-            raise ValueError(f"{file} was changed: its settings do not have the fingerprint it states")
-        return Run(
-            path=path,
-            experiment=Experiment(**stored["experiment"]),
-            settings=stored["settings"],
-            history=History(**stored["history"]),
-            table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
-            provenance=stored["provenance"],
-        )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        stored = json.loads(content)
+        refusal = _refusal(stored)
+        if not refusal:
+            found = Run(
+                path=path,
+                experiment=Experiment(**stored["experiment"]),
+                settings=stored["settings"],
+                history=History(**stored["history"]),
+                table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+                provenance=stored["provenance"],
+                weights=stored.get("weights", ""),
+            )
+            found.make_task()
+            ModelConfig(**found.settings["model"])
+            return found
+    except Exception as error:  # broken bytes lead anywhere
         raise ValueError(
             f"{file} is broken ({type(error).__name__}: {first_line(error)}): delete {path} and train it again"
         ) from error
+    raise ValueError(f"{file} {refusal}")
+
+
+def _refusal(stored: dict[str, Any]) -> str:
+    """Return why a stored run is not taken, "" when it is."""
+    if stored["version"] != VERSION:
+        return f"is of version {stored['version']}, this library reads version {VERSION}"
+    if stored["fingerprint"] != _fingerprint(stored["settings"]):
+        return "was changed: its settings do not have the fingerprint it states"
+    parts = [part for part in ("experiment", "table", "provenance", "history") if part not in stored]
+    if parts:
+        raise KeyError(*parts)
+    if "checksum" not in stored:
+        return "has no checksum, as runs had none once: if you know that it is right, sleepedu.experiments.seal adds it"
+    if stored["checksum"] != _json_checksum({name: v for name, v in stored.items() if name != "checksum"}):
+        return "was changed: it does not have the checksum it states"
+    return ""
+
+
+def seal(run: Path | str) -> None:
+    """Add to a stored run from before there were checksums its own and that of its weights; nothing to one with both.
+
+    Raises ValueError for a run that states a checksum and does not have it, or whose weights are damaged.
+    """
+    file, weights = Path(run) / "run.json", Path(run) / "weights.pt"
+    stored = json.loads(file.read_bytes())
+    if "checksum" not in stored:
+        if weights.exists():
+            content = weights.read_bytes()
+            storage.unpack(content)
+            stored["weights"] = storage.checksum(content)
+        storage.write(file, _sealed(stored))
+    load(run)
+
+
+def _sealed(stored: dict[str, Any]) -> bytes:
+    """Return a run as the content of its run.json: readable, and with its checksum in front of everything long."""
+    checksum = _json_checksum(json.loads(json.dumps(stored, allow_nan=False)))
+    first = ("version", "fingerprint", "weights")
+    head = {name: stored[name] for name in first if name in stored} | {"checksum": checksum}
+    return _readable_json(head | stored).encode()
 
 
 def stored_runs(directory: Path | str | None = None) -> list[Run]:
@@ -404,14 +474,6 @@ def _commit() -> str:
     except OSError:
         return ""
     return done.stdout.strip()
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 def _readable_json(stored: dict[str, Any]) -> str:

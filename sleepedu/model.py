@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sleepedu import checks
 from sleepedu.layers import Block, CausalAttention, FastWeightMixer, RMSNorm, WindowCache
 
 MIXERS = {
@@ -53,8 +54,13 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), least=1)
+        for name in ("key_size", "value_size", "positions"):
+            checks.whole(name, getattr(self, name), least=0)
+        for name in ("mlp_ratio", "write_range"):
+            checks.finite(name, getattr(self, name))
+        if not isinstance(self.layout, str):
+            raise ValueError(f"layout must be a word, got {self.layout!r}")
         unknown = sorted(set(self.layout) - set(MIXERS))
         if unknown or not self.layout:
             allowed = ", ".join(f"{letter!r} {what}" for letter, what in MIXERS.items())
@@ -63,13 +69,12 @@ class ModelConfig:
             raise ValueError(f"layout {self.layout!r} mixes 'A', which evicts nothing, with layers that do")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
-        for name in ("key_size", "value_size", "positions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.write_range <= 2:
             raise ValueError(f"write_range must lie in (0, 2] for the rule to be stable, got {self.write_range}")
-        if self.mlp_ratio * self.width < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit at width {self.width}")
+        if not 1 <= self.mlp_ratio * self.width <= checks.MOST:
+            raise ValueError(
+                f"mlp_ratio {self.mlp_ratio} must give 1..{checks.MOST} hidden units at width {self.width}"
+            )
         if self.carry not in CARRIES:
             raise ValueError(f"carry {self.carry!r} is unknown: use one of {CARRIES}")
 
@@ -144,10 +149,11 @@ class SleepLM(nn.Module):
         return h + self.places[start:end]
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise ValueError unless tokens are whole numbers (b, l) inside the vocabulary (checked on the CPU)."""
-        if tokens.ndim != 2 or tokens.is_floating_point():
+        """Raise ValueError unless tokens are int64 or int32 (b, l) inside the vocabulary (checked on the CPU)."""
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"tokens must be whole numbers of shape (batch, length), got {tokens.dtype} {tuple(tokens.shape)}"
+                "tokens must be whole numbers (int64 or int32) of shape (batch, length), "
+                f"got {tokens.dtype} {tuple(tokens.shape)}"
             )
         if tokens.device.type == "cpu" and tokens.numel():
             low, high = torch.aminmax(tokens)

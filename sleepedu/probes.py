@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleepedu import storage
 from sleepedu.evaluation import Accuracy, Table, wilson_interval
-from sleepedu.experiments import COMMITTED, OWN, Run, machine, write_whole
+from sleepedu.experiments import COMMITTED, OWN, Run, machine
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
 from sleepedu.sleep import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
@@ -143,7 +144,7 @@ def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) 
     provenance = {**machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
     found = Probes(run.name, weights, settings, **made, provenance=provenance)
     path = Path(directory) / "probes" / f"{run.name}.json"
-    write_whole(path, lambda partial: partial.write_text(found.json()))
+    storage.write(path, found.json().encode())
     return load(path)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sleepedu import checks
 from sleepedu.model import FastWeights, SleepLM
 from sleepedu.tasks.base import Episode
 
@@ -233,8 +234,9 @@ def _read_whole(model: SleepLM, episode: Episode, passes: int) -> Tensor:
 
 def check_passes(passes: int) -> None:
     """Raise ValueError unless N, the number of sleep passes, is a whole number of at least 1."""
-    if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-        raise ValueError(f"passes (N) must be a whole number of at least 1, got {passes!r}")
+    if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= checks.MOST:
+        most = f" and at most {checks.MOST}" if isinstance(passes, int) and passes > 1 else ""
+        raise ValueError(f"passes (N) must be a whole number of at least 1{most}, got {passes!r}")
 
 
 @dataclass(frozen=True)
@@ -273,8 +275,8 @@ class Session:
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):
         check_passes(passes)
         _check_sleeps(model)
-        if window < 1 or batch < 1:
-            raise ValueError(f"window and batch must be at least 1, got {window} and {batch}")
+        checks.whole("window", window, least=1)
+        checks.whole("batch", batch, least=1)
         if 0 < model.config.positions < window:
             raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
         self.model, self.window, self.passes, self.batch = model, window, passes, batch
@@ -372,9 +374,12 @@ class Session:
         """Return the logits (batch, p, V) of a prompt, in one pass, without remembering that it was asked.
 
         A prompt has to be seen whole: where the window has no room left for it, the session sleeps first.
-        Raises ValueError for a prompt longer than the window, another batch size, or tokens outside the vocabulary.
+        Raises ValueError for a prompt that is empty or longer than the window, another batch size, or tokens outside
+        the vocabulary.
         """
         self._check(prompt)
+        if not prompt.shape[1]:
+            raise ValueError("a prompt must have a token at least")
         if prompt.shape[1] > self.window:
             raise ValueError(f"a prompt of {prompt.shape[1]} tokens does not fit a window of {self.window}")
         if prompt.shape[1] > self.room:

@@ -10,11 +10,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sleepedu import distributed
+from sleepedu import checks, distributed, storage
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
 from sleepedu.tasks.base import Episode, Task
 
 TRAINING, TESTING = 0, 1  # the two streams of examples; they never share a seed
+MOST_SEED = 2**32 - 1
+SAVE_EVERY = 20.0  # seconds of training between two checkpoints
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,19 @@ class TrainConfig:
 
     def __post_init__(self):
         check_passes(self.passes)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        checks.whole("seed", self.seed, least=0, most=MOST_SEED)
+        checks.whole("steps", self.steps, least=1)  # a million at most: further on its data would be another stream's
+        checks.whole("batch", self.batch, least=1)
+        checks.whole("warmup", self.warmup, least=0)
+        for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):
+            checks.finite(name, getattr(self, name))
         for name in ("learning_rate", "adam_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.warmup < 0 or self.weight_decay < 0 or not 0 <= self.decay <= 1:
+        if self.weight_decay < 0 or not 0 <= self.decay <= 1:
             raise ValueError(
-                "warmup and weight_decay must not be negative and decay must lie in 0..1, "
-                f"got {self.warmup}, {self.weight_decay}, {self.decay}"
+                "weight_decay must not be negative and decay must lie in 0..1, "
+                f"got {self.weight_decay} and {self.decay}"
             )
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ValueError(f"autocast {self.autocast!r} is unknown: use '', 'bfloat16' or 'float16'")
@@ -107,13 +112,16 @@ def train(
     """Train a model on a task, end to end through its sleep, and return the history of the run.
 
     With a directory, a checkpoint is kept there while training; called again with the same settings it resumes from
-    it. ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
+    it. Ctrl-C and SIGTERM then wait for the end of the step and a last checkpoint; a second one does not wait. A
+    checkpoint that cannot be written, on a full disk say, is a warning: training goes on and the last one is kept.
+    ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
     Inside ``distributed.process_group`` all ranks train together, and only the first keeps checkpoints and watches.
     compile: let ``torch.compile`` merge the blocks' small operations, which costs up to a minute at the beginning and
     makes a step about a third faster; where there is no compiler, training goes on without.
     recompute: as in ``run_episode``, much less memory for about a third more time.
     Raises ValueError when the model's vocabulary is smaller than the task's, the batch does not divide among the
-    ranks, or the directory's checkpoint is of other settings; FloatingPointError when the loss is no longer a number.
+    ranks, or the directory's checkpoint is broken or of other settings; BlockingIOError when another process trains in
+    that directory; FloatingPointError when the loss is no longer a number.
     """
     if model.config.vocabulary < len(task.words):
         raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
@@ -124,24 +132,27 @@ def train(
     scale = 2.0**16 / distributed.ranks()
     scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
     history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
-    checkpoint = None if directory is None else Checkpoint(Path(directory), model, optimizers, scaler, task, config)
-    first = 0 if checkpoint is None else checkpoint.resume(history)
-
     answer = _Answer(model, config.passes, recompute)
     if distributed.ranks() > 1:
         # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so.
         answer = DistributedDataParallel(answer, static_graph=True)
-
-    every = max(1, config.steps // 200)
-    started = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
-    sums, counted = torch.zeros(3, device=device), 0
-    last_saved = time.perf_counter()
-    model.train()
     if compile and not can_compile(device):
         warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=2)
         compile = False
-    with compiled_blocks(model) if compile else nullcontext():
-        for step in range(first, config.steps):
+
+    every = max(1, config.steps // 200)
+    with ExitStack() as stack:
+        progress = Progress(sums=torch.zeros(3))
+        checkpoint = None
+        if directory is not None:
+            checkpoint = stack.enter_context(Checkpoint(Path(directory), model, optimizers, scaler, task, config))
+            checkpoint.resume(history, progress)
+        sums = progress.sums.to(device)
+        started = time.perf_counter() - progress.seconds
+        model.train()
+        if compile:
+            stack.enter_context(compiled_blocks(model))
+        for step in range(progress.step, config.steps):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * config.rate(step)
@@ -163,29 +174,26 @@ def train(
             scaler.update()
             # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
             sums += torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
-            counted += 1
-            if (step + 1) % every and step + 1 < config.steps:
-                continue
-            mean_loss, mean_accuracy, mean_norm = distributed.mean(sums / counted).tolist()
-            if not math.isfinite(mean_loss + mean_norm):
-                raise FloatingPointError(
-                    f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
-                    f"lower learning_rate (now {config.learning_rate}) "
-                    "or clip; the last checkpoint is kept"
-                )
-            history.step.append(step + 1)
-            history.loss.append(round(mean_loss, 5))
-            history.accuracy.append(round(mean_accuracy, 5))
-            history.seconds.append(round(time.perf_counter() - started, 2))
-            sums.zero_()
-            counted = 0
-            if not distributed.is_first():
-                continue
-            if watch is not None:
-                watch(history, config)
-            if checkpoint is not None and time.perf_counter() - last_saved > 20 and step + 1 < config.steps:
-                checkpoint.save(step + 1, history)
-                last_saved = time.perf_counter()
+            progress.step, progress.counted = step + 1, progress.counted + 1
+            if not (step + 1) % every or step + 1 == config.steps:
+                mean_loss, mean_accuracy, mean_norm = distributed.mean(sums / progress.counted).tolist()
+                if not math.isfinite(mean_loss + mean_norm):
+                    raise FloatingPointError(
+                        f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
+                        f"lower learning_rate (now {config.learning_rate}) "
+                        "or clip; the last checkpoint is kept"
+                    )
+                history.step.append(step + 1)
+                history.loss.append(round(mean_loss, 5))
+                history.accuracy.append(round(mean_accuracy, 5))
+                history.seconds.append(round(time.perf_counter() - started, 2))
+                sums.zero_()
+                progress.counted = 0
+                if distributed.is_first() and watch is not None:
+                    watch(history, config)
+            if checkpoint is not None and checkpoint.is_due(progress, config.steps):
+                progress.sums, progress.seconds = sums.cpu(), time.perf_counter() - started
+                checkpoint.save(history, progress)
     model.eval()
     return history
 
@@ -258,7 +266,11 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
 
 
 def stream(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Return the generator of one batch: the same for every model, different for every (seed, purpose, number)."""
+    """Return the generator of one batch: the same for every model, different for every (seed, purpose, number).
+
+    Raises ValueError for a seed outside 0..2^32 - 1.
+    """
+    checks.whole("seed", seed, least=0, most=MOST_SEED)
     mixed = (seed * 2 + purpose) * 1_000_003 + number
     return torch.Generator().manual_seed(mixed)
 
@@ -276,58 +288,125 @@ def majority_loss(task: Task) -> float:
     return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)
 
 
+@dataclass
+class Progress:
+    """How far a run is: steps done, seconds so far, and the sums over the ``counted`` steps since the last entry."""
+
+    sums: Tensor
+    step: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+
+
 class Checkpoint:
-    """The state of a run in progress, one file that is replaced as a whole."""
+    """The state of a run in progress, one file that is replaced as a whole, in a folder it has to itself meanwhile.
+
+    Used in a ``with``. A single process holds Ctrl-C and SIGTERM back until the next save.
+    """
 
     FILE = "checkpoint.pt"
 
     def __init__(self, directory: Path, model, optimizers, scaler, task: Task, config: TrainConfig):
         self.path = directory / self.FILE
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        self.task = task.name
         settings = {"task": asdict(task), "model": asdict(model.config), "train": asdict(config)}
         self.settings = json.dumps(settings, sort_keys=True)
+        self.saved = time.perf_counter()
+        self.handlers: dict[int, Any] = {}  # of the signals that are held back
+        self.signal = 0  # the one that came
+
+    def __enter__(self) -> "Checkpoint":
+        self._stack = ExitStack()
         if distributed.is_first():
-            directory.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(storage.sole_use(self.path.parent))
+        if distributed.ranks() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._hold)
+            self._stack.callback(self._release)
+        return self
 
-    def save(self, step: int, history: History) -> None:
-        state = {
-            "settings": self.settings,
-            "step": step,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "history": asdict(history),
-        }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        self._stack.close()
+        if self.signal and error is None:
+            signal.raise_signal(self.signal)
 
-    def resume(self, history: History) -> int:
-        """Load what is there into model, optimizers and history; return the step to go on from."""
+    def _hold(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._release()
+
+    def _release(self) -> None:
+        while self.handlers:
+            number, handler = self.handlers.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def is_due(self, progress: Progress, steps: int) -> bool:
+        """Return whether to save now. Several ranks do so at an entry alone, where none has sums of its own."""
+        if not distributed.is_first() or (distributed.ranks() > 1 and progress.counted):
+            return False
+        return bool(self.signal) or (time.perf_counter() - self.saved > SAVE_EVERY and progress.step < steps)
+
+    def save(self, history: History, progress: Progress) -> None:
+        """Replace the file, or warn that it could not be; then deliver the signal that was held back."""
+        if progress.sums.isfinite().all():  # else the run is about to fail, and what was good stays
+            state = {
+                "settings": self.settings,
+                "task": self.task,
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "history": asdict(history),
+                **vars(progress),
+            }
+            try:
+                storage.write(self.path, storage.pack(state))
+            except OSError as error:
+                warnings.warn(f"{error}; training goes on and tries again", stacklevel=3)
+        self.saved = time.perf_counter()
+        if self.signal:
+            signal.raise_signal(self.signal)
+            self.signal = 0  # whoever handles it wants to go on
+
+    def resume(self, history: History, progress: Progress) -> None:
+        """Load what is there into model, optimizers, history and progress."""
         state = distributed.from_first(self._read)
         if state is None:
-            return 0
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        for name, value in state["history"].items():
-            setattr(history, name, value)
-        return state["step"]
+            return
+        try:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.scaler.load_state_dict(state["scaler"])
+            for name, value in state["history"].items():
+                setattr(history, name, value)
+            # Earlier versions saved at an entry alone.
+            progress.step, progress.counted = state["step"], state.get("counted", 0)
+            progress.sums = state.get("sums", progress.sums)
+            progress.seconds = state.get("seconds", history.seconds[-1] if history.seconds else 0.0)
+        except Exception as error:  # of another version of the library, or not of this library at all
+            raise self._broken(error) from error
+
+    @classmethod
+    def remove(cls, directory: Path) -> None:
+        """Delete a finished run's checkpoint, and what a kill in the middle of a save has left of the next."""
+        for file in (directory / cls.FILE, (directory / cls.FILE).with_suffix(".partial")):
+            file.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
+        content = self.path.read_bytes()
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings = state["settings"]
+            state = storage.unpack(content)
+            others = (state["settings"], state.get("task", self.task)) != (self.settings, self.task)
         except Exception as error:  # torch raises whatever the broken bytes lead it to
-            raise ValueError(
-                f"{self.path} is not a whole checkpoint ({first_line(error)}): delete it to start anew"
-            ) from error
-        if settings != self.settings:
+            raise self._broken(error) from error
+        if others:
             raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
         return state
+
+    def _broken(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path} is not a whole checkpoint ({first_line(error)}): delete it to start anew")
 
 
 def print_progress(history: History, config: TrainConfig) -> None:

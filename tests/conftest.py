@@ -1,5 +1,6 @@
 """What the tests share: one thread, no display, small models whose every parameter matters, one tiny stored run."""
 
+import campaigns
 import matplotlib
 import pytest
 import torch
@@ -36,3 +37,8 @@ def tiny_experiment() -> experiments.Experiment:
 def tiny_run(tiny_experiment, tmp_path_factory) -> experiments.Run:
     """A run of four steps. Tests that damage it work on a copy."""
     return experiments.run(tiny_experiment, "cpu", tmp_path_factory.mktemp("runs"), examples=20)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for what, number in sorted(campaigns.COUNTS.items()):
+        terminalreporter.write_line(f"{number:6,} {what}")

@@ -213,7 +213,7 @@ def test_session_refuses_what_does_not_fit_and_has_read_nothing_then(make_model)
         session.answer(torch.zeros(1, 5, dtype=torch.long))
     assert session.tokens_read == 0 and session.room == 4
     for window, batch in ((0, 1), (4, 0)):
-        with pytest.raises(ValueError, match=f"window and batch must be at least 1, got {window} and {batch}"):
+        with pytest.raises(ValueError, match=r"(window|batch) must be at least 1, got (0|-1)"):
             Session(model, window=window, passes=1, batch=batch)
 
 

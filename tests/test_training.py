@@ -1,6 +1,8 @@
 """Training: the same data for every N, the same numbers twice, and a resumed run that is the uninterrupted one."""
 
+import errno
 import itertools
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -153,16 +155,20 @@ def test_a_truncated_checkpoint_is_refused(keep, interrupted, make_model):
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(interrupted, make_model, monkeypatch):
-    before = interrupted.read_bytes()
+    before, whole = interrupted.read_bytes(), make_model()
+    history = train(whole, TASK, CONFIG)
 
-    def fail_halfway(state, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail_halfway)
-    with pytest.raises(OSError, match="disk full"):
-        train(make_model(), TASK, CONFIG, interrupted.parent)
-    assert interrupted.read_bytes() == before
+    monkeypatch.setattr(os, "fsync", fail)
+    model = make_model()
+    message = f"{interrupted} could not be written .No space left on device.; what stood there stays; training goes on"
+    with pytest.warns(UserWarning, match=message):
+        resumed = train(model, TASK, CONFIG, interrupted.parent)
+    assert interrupted.read_bytes() == before and list(interrupted.parent.iterdir()) == [interrupted]
+    assert_same_weights(model, whole)
+    assert resumed.loss == history.loss, "nothing that was computed is lost"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(make_model):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sleepedu import checks
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -126,8 +128,7 @@ class Task(ABC):
             )
 
     def _check_sample(self, batch: int, depth: int | None) -> None:
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
+        checks.whole("batch", batch, least=1)
         if depth is not None and depth not in self.depths:
             raise ValueError(f"the {self.name} task has no depth {depth}: use one of {list(self.depths)}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sleepedu import checks
 from sleepedu.tasks.base import Episode, Task
 
 
@@ -32,12 +33,11 @@ class CellularAutomaton(Task):
     depth_name = "rollout steps t"
 
     def __post_init__(self):
-        if self.cells < 3:
-            raise ValueError(f"cells must be at least 3, got {self.cells}")
-        if self.rows < 1:
-            raise ValueError(f"rows must be at least 1, got {self.rows}")
-        whole = all(isinstance(t, int) for t in self.steps)
-        if not self.steps or not whole or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+        checks.whole("cells", self.cells, least=3)
+        checks.whole("rows", self.rows, least=1)
+        for t in self.steps:
+            checks.whole(f"each of steps {self.steps}", t, least=1)
+        if not self.steps or len(set(self.steps)) < len(self.steps):
             raise ValueError(f"steps must be different whole numbers of at least 1, got {self.steps}")
         if self.ask not in ("first", "every"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
@@ -101,8 +101,7 @@ class CellularAutomaton(Task):
 
 def check_rule(rule: int) -> None:
     """Raise ValueError unless rule is one of the 256 elementary rules."""
-    if rule not in range(256):
-        raise ValueError(f"rule must be a whole number in 0..255, got {rule!r}")
+    checks.whole("rule", rule, least=0, most=255)
 
 
 def next_row(bits: Tensor, rule: int) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sleepedu import checks
 from sleepedu.tasks.base import UNSCORED, Episode, Task, pad_left
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -50,15 +51,18 @@ class GraphRetrieval(Task):
     def __post_init__(self):
         if self.name_tokens not in (1, 2):
             raise ValueError(f"name_tokens must be 1 or 2, got {self.name_tokens}")
-        if self.nodes < 3:
-            raise ValueError(f"nodes must be at least 3, got {self.nodes}")
+        checks.whole("nodes", self.nodes, least=3)
+        for name in ("hops", "shortest"):
+            checks.whole(name, getattr(self, name), least=0)
+        for name in ("queries", "windows"):
+            checks.whole(name, getattr(self, name), least=1)
+        for k in self.tested:
+            checks.whole(f"each of tested {self.tested}", k, least=1)
         if self.name_tokens == 2 and self.nodes > NAMES:
             raise ValueError(f"nodes must lie in 3..{NAMES} with names of two tokens, got {self.nodes}")
         if not 1 <= self.hops < self.nodes:
             raise ValueError(f"hops must lie in 1..{self.nodes - 1} on a cycle of {self.nodes} nodes, got {self.hops}")
-        if self.queries < 1:
-            raise ValueError(f"queries must be at least 1, got {self.queries}")
-        if self.windows < 1 or self._tokens % self.windows:
+        if self._tokens % self.windows:
             raise ValueError(
                 f"{self.nodes} edges of {2 * self.name_tokens} tokens do not spread evenly over {self.windows} windows"
             )

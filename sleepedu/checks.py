@@ -1,0 +1,20 @@
+"""What every setting is asked at the door: whether it is a number of its kind and inside its limits."""
+
+import math
+
+MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
+
+
+def whole(name: str, value: object, least: int, most: int = MOST) -> None:
+    """Raise ValueError, which names the setting and what is allowed, unless value is an int in least..most."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if not least <= value <= most:
+        limits = f"be at least {least}" if most == MOST and value < least else f"lie in {least}..{most}"
+        raise ValueError(f"{name} must {limits}, got {value}")
+
+
+def finite(name: str, value: object) -> None:
+    """Raise ValueError, which names the setting, unless value is a finite int or float."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")

@@ -1,0 +1,12 @@
+"""How long the campaigns are, kills, mutated files and properties: short in `make test`, long in `make soak`."""
+
+import os
+from collections import Counter
+
+SOAK = os.environ.get("SOAK") == "1"
+COUNTS: Counter[str] = Counter()  # what was tried, shown at the end of the tests
+
+
+def size(test: int, soak: int) -> int:
+    """Return how often to try: so many times in `make test`, so many in `make soak`."""
+    return soak if SOAK else test

@@ -1,0 +1,400 @@
+"""Whatever comes in, the result has the shape, the range and the kind it should have, or is a documented error."""
+
+import functools
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from campaigns import COUNTS, SOAK
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from sleepedu import experiments
+from sleepedu.__main__ import main
+from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, wilson_interval
+from sleepedu.experiments import Experiment
+from sleepedu.explore import explore
+from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked, hebbian
+from sleepedu.model import CARRIES, ModelConfig, SleepLM
+from sleepedu.sleep import Session, run_episode, sleep, wake
+from sleepedu.tasks import TASKS, CellularAutomaton, GraphRetrieval
+from sleepedu.tasks.math_reasoning import MathReasoning
+from sleepedu.training import TrainConfig, stream
+
+common = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("ci", max_examples=12, derandomize=True, **common)
+settings.register_profile("soak", max_examples=1000, **common)
+settings.load_profile("soak" if SOAK else "ci")
+
+
+def holds(**strategies):
+    """Like hypothesis.given, counting the examples."""
+
+    def wrap(test):
+        @given(**strategies)
+        @functools.wraps(test)
+        def counted(*arguments, **named):
+            COUNTS["property examples run"] += 1
+            return test(*arguments, **named)
+
+        return counted
+
+    return wrap
+
+
+small = st.integers(-1, 9)
+odd = st.one_of(
+    small,
+    st.sampled_from([None, True, 1.5, 4.0, -(10**30), 10**30, math.nan, math.inf, -math.inf, "3", "", b"x", (), [1]]),
+)
+tuples = st.lists(st.one_of(st.integers(0, 5), st.sampled_from([1.0, True, "a"])), max_size=4).map(tuple)
+
+
+def some(**choices):
+    """A dictionary with any of these settings."""
+    return st.fixed_dictionaries({}, optional=choices)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Tasks
+
+
+graphs = some(nodes=odd, hops=odd, queries=odd, windows=odd, shortest=odd, tested=tuples, name_tokens=odd)
+automata = some(cells=odd, rows=odd, steps=tuples, ask=st.sampled_from(["first", "every", "all", 1]), rule=odd)
+mathematics = some(
+    quantities=small,
+    operations=small,
+    ask=st.sampled_from(["every", "one", "two"]),
+    windows=small,
+    sums=st.booleans(),
+    name_words=small,
+    digits=small,
+)
+made_tasks = st.one_of(
+    st.tuples(st.just(GraphRetrieval), graphs),
+    st.tuples(st.just(CellularAutomaton), automata),
+    st.tuples(st.just(MathReasoning), mathematics),
+)
+good_tasks = st.one_of(
+    st.builds(
+        lambda nodes, hops, queries, name_tokens: GraphRetrieval(
+            nodes, min(hops, nodes - 1), queries, name_tokens=name_tokens
+        ),
+        st.integers(3, 8), st.integers(1, 7), st.integers(1, 4), st.integers(1, 2),
+    ),
+    st.builds(lambda cells, steps: CellularAutomaton(cells, 1, (steps,)), st.integers(3, 9), st.integers(1, 5)),
+    st.builds(
+        lambda quantities, operations, sums: MathReasoning(quantities, min(operations, quantities - 2), sums=sums),
+        st.integers(3, 8), st.integers(1, 6), st.booleans(),
+    ),
+)  # fmt: skip
+
+
+def check_episode(task, episode, batch, depth):
+    task.check(episode)
+    assert episode.windows.shape == (batch, task.windows, task.window)
+    assert episode.prompt.shape == episode.targets.shape == episode.depth.shape == (batch, task.prompt_length)
+    for tensor in (episode.windows, episode.prompt, episode.targets, episode.depth):
+        assert tensor.dtype == torch.int64
+    words = len(task.words)
+    for tokens in (episode.windows, episode.prompt, episode.targets[episode.asked]):
+        assert tokens.min() >= 0 and tokens.max() < words
+    assert int(episode.asked.sum()) % task.answer_tokens == 0 and episode.asked.any()
+    asked = episode.depth[episode.asked]
+    assert (asked == depth).all() if depth is not None else asked.min() >= 0
+    assert task.text(episode, batch - 1)
+
+
+@holds(made=made_tasks, batch=odd, depth=st.one_of(st.none(), small), seed=st.integers(0, 2**32))
+def test_a_task_samples_what_it_says_or_refuses(made, batch, depth, seed):
+    kind, chosen = made
+    try:
+        task = kind(**chosen)
+    except (ValueError, TypeError) as error:
+        assert str(error)
+        return
+    try:
+        episode = task.sample(batch, generator(seed), depth)
+    except ValueError as error:
+        assert "batch" in str(error) or "depth" in str(error)
+        return
+    check_episode(task, episode, batch, depth)
+
+
+@holds(task=good_tasks, batch=st.integers(1, 6), seed=st.integers(0, 2**32), data=st.data())
+def test_every_depth_can_be_asked(task, batch, seed, data):
+    depth = data.draw(st.sampled_from([None, *task.depths]))
+    episode = task.sample(batch, generator(seed), depth)
+    check_episode(task, episode, batch, depth)
+    again = task.sample(batch, generator(seed), depth)
+    assert all(torch.equal(getattr(episode, f.name), getattr(again, f.name)) for f in fields(episode))
+
+
+# Settings
+
+
+numbers = st.one_of(odd, st.floats())
+
+
+@holds(
+    chosen=some(
+        passes=odd, steps=odd, batch=odd, seed=odd, learning_rate=numbers, adam_learning_rate=numbers, warmup=odd,
+        decay=numbers, weight_decay=numbers, clip=numbers, autocast=st.sampled_from(["", "bfloat16", "int8", None]),
+    )
+)  # fmt: skip
+def test_training_settings_are_usable_or_refused(chosen):
+    try:
+        config = TrainConfig(**chosen)
+    except ValueError as error:
+        assert any(name in str(error) for name in chosen), f"{error} names no setting of {chosen}"
+        return
+    for step in {0, config.steps // 2, config.steps - 1}:
+        assert 0 < config.rate(step) <= 1
+    for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):
+        assert math.isfinite(getattr(config, name))
+    stream(config.seed, 0, config.steps - 1)
+
+
+configs = some(
+    layout=st.one_of(st.text("agA", max_size=3), st.sampled_from(["x", None, 3, ["a"]])),
+    width=odd,
+    heads=odd,
+    key_size=odd,
+    value_size=odd,
+    mlp_ratio=st.one_of(numbers, st.floats(0, 4)),
+    convolution=odd,
+    write_range=st.one_of(numbers, st.floats(0, 2)),
+    carry=st.sampled_from([*CARRIES, "nothing", None]),
+    positions=odd,
+)
+
+
+@holds(chosen=configs, vocabulary=odd)
+def test_model_settings_make_a_model_or_are_refused(chosen, vocabulary):
+    try:
+        config = ModelConfig(vocabulary, **chosen)
+    except ValueError as error:
+        assert any(name in str(error) for name in ("vocabulary", *chosen)), f"{error} names no setting of {chosen}"
+        return
+    sizes = (config.vocabulary, config.width * config.mlp_ratio, config.convolution, config.positions)
+    assume(max(*sizes, *config.state_shape) < 1000)
+    model = SleepLM(config)
+    length = min(config.positions or 3, 3)
+    tokens = torch.randint(config.vocabulary, (2, length), generator=generator())
+    logits, S = model(tokens)
+    assert logits.shape == (2, length, config.vocabulary) and logits.isfinite().all()
+    assert all(matrix.shape == (2, *config.state_shape) for matrix in S)
+
+
+@holds(
+    task=st.sampled_from([*TASKS, "chess", None]), size=st.sampled_from([*experiments.SIZES, "huge"]),
+    model=st.sampled_from([*experiments.MODELS, "x"]), passes=odd, seed=odd, steps=odd, learning_rate=numbers,
+    carry=st.sampled_from([*CARRIES, ""]),
+)  # fmt: skip
+def test_an_experiment_has_a_name_and_a_fingerprint_or_is_refused(**chosen):
+    try:
+        experiment = Experiment(**chosen)
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    assert (
+        len(experiment.fingerprint) == 16 and "/" not in experiment.name and f"seed{chosen['seed']}" in experiment.name
+    )
+
+
+# The model at work
+
+
+def model_of(layout, carry, seed=0):
+    torch.manual_seed(seed)
+    return SleepLM(ModelConfig(7, layout, 8, 2, carry=carry))
+
+
+layouts, carries = st.sampled_from(["a", "g", "ag", "ga"]), st.sampled_from(CARRIES)
+
+
+@holds(
+    layout=layouts, carry=carries, batch=st.integers(0, 3), length=st.integers(0, 5), passes=odd,
+    kind=st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32]), token=st.integers(-1, 7),
+)  # fmt: skip
+def test_sleep_and_wake_keep_their_shapes_or_refuse(layout, carry, batch, length, passes, kind, token):
+    model, tokens = model_of(layout, carry), torch.full((batch, length), token).to(kind)
+    try:
+        S = sleep(model, tokens, passes=passes)
+        logits = wake(model, tokens, S)
+    except ValueError as error:
+        assert str(error)
+        return
+    assert (kind in (torch.int64, torch.int32) and 0 <= token < 7) or 0 in (batch, length)
+    assert logits.shape == (batch, length, 7) and logits.dtype == torch.float32 and logits.isfinite().all()
+    assert len(S) == layout.count("g")
+    for matrix in S:
+        assert matrix.shape == (batch, *model.config.state_shape) and matrix.dtype == torch.float32
+        assert matrix.isfinite().all()
+
+
+@holds(task=good_tasks, layout=layouts, carry=carries, passes=st.integers(1, 3), batch=st.integers(1, 3))
+def test_an_episode_gives_logits_for_its_prompt(task, layout, carry, passes, batch):
+    torch.manual_seed(0)
+    model = SleepLM(ModelConfig(len(task.words), layout, 8, 2, carry=carry))
+    episode = task.sample(batch, generator())
+    logits = run_episode(model, episode, passes)
+    assert logits.shape == (*episode.prompt.shape, len(task.words))
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+@holds(
+    layout=layouts, carry=carries, window=odd, passes=odd, batch=odd,
+    pieces=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=4),
+)  # fmt: skip
+def test_a_session_reads_pieces_of_any_size_or_refuses(layout, carry, window, passes, batch, pieces):
+    model = model_of(layout, carry)
+    try:
+        session = Session(model, window, passes, batch)
+    except ValueError as error:
+        assert any(name in str(error) for name in ("window", "batch", "passes"))
+        return
+    assume(batch < 100)
+    read = 0
+    for rows, length in pieces:
+        tokens = torch.randint(7, (rows, length), generator=generator(length))
+        if rows != batch:
+            with pytest.raises(ValueError, match="tokens must have shape"):
+                session.read(tokens)
+            continue
+        logits, read = session.read(tokens), read + length
+        assert logits.shape == (batch, length, 7) and logits.isfinite().all()
+        assert session.tokens_read == read and session.sleeps == read // window
+        assert session.room == window - read % window
+        try:
+            assert session.answer(tokens).shape == (batch, length, 7)
+        except ValueError as error:
+            assert ("does not fit" if length else "must have a token") in str(error) and not 1 <= length <= window
+        if session.sleeps > read // window:
+            return  # it slept to make room for the prompt
+
+
+sizes = st.integers(1, 4)
+
+
+@holds(
+    shape=st.tuples(st.integers(0, 4), sizes, st.integers(0, 40), sizes, sizes), chunk=st.sampled_from([1, 5, 64]),
+    wrong=st.sampled_from(["", "", "k", "v", "log_a", "b", "S"]), forget=st.floats(-100, 0), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_rules_keep_their_shapes_and_the_chunked_form_agrees(shape, chunk, wrong, forget, seed):
+    batch, heads, length, d_k, d_v = shape
+    random = functools.partial(torch.randn, generator=generator(seed))
+    tensors = {
+        "q": random(batch, heads, length, d_k),
+        "k": torch.nn.functional.normalize(random(batch, heads, length, d_k), dim=-1),
+        "v": random(batch, heads, length, d_v),
+        "log_a": forget * torch.rand(batch, heads, length, generator=generator(seed)),
+        "b": 2 * torch.rand(batch, heads, length, generator=generator(seed + 1)),
+        "S": random(batch, heads, d_v, d_k),
+    }
+    if wrong or length == 0:
+        if wrong:
+            tensors[wrong] = tensors[wrong][..., None]
+        with pytest.raises(ValueError):
+            gated_delta_chunked(*tensors.values(), chunk=chunk)
+        return
+    for rule in (hebbian, gated, delta, gated_delta):
+        o, S = rule(*tensors.values())
+        assert o.shape == tensors["v"].shape and S.shape == tensors["S"].shape
+    o, S = gated_delta(*tensors.values())
+    fast_o, fast_S = gated_delta_chunked(*tensors.values(), chunk=chunk)
+    torch.testing.assert_close(fast_o, o, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fast_S, S, rtol=1e-3, atol=1e-4)
+
+
+# Numbers and pictures
+
+
+@holds(task=good_tasks, passes=odd, examples=small, seed=odd, batch=small)
+def test_accuracies_lie_in_their_intervals_or_are_refused(task, passes, examples, seed, batch):
+    assume(not isinstance(passes, int) or passes < 4)
+    torch.manual_seed(0)
+    model = SleepLM(ModelConfig(len(task.words), "g", 8, 2))
+    try:
+        table = accuracy_by_depth(model, task, passes, examples, seed, batch)
+    except ValueError as error:
+        assert any(name in str(error) for name in ("passes", "examples", "seed", "batch"))
+        return
+    assert list(table) == list(task.depths)
+    for accuracy in table.values():
+        assert 0 <= accuracy.low <= accuracy.accuracy <= accuracy.high <= 1
+        assert accuracy.n == examples and 0 <= accuracy.majority <= 1
+
+
+@holds(right=st.integers(0, 10**6), n=st.integers(1, 10**6))
+def test_an_interval_holds_its_share(right, n):
+    share = min(right, n) / n
+    low, high = wilson_interval(share, n)
+    assert 0 <= low <= share <= high <= 1 and low < high
+
+
+@holds(shares=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_a_mean_over_seeds_lies_in_its_interval(shares):
+    tables = [{1: Accuracy(share, *wilson_interval(share, 10), 10, 0.5)} for share in shares]
+    mean = across_seeds(tables)[1]
+    assert 0 <= mean.low <= mean.accuracy + 1e-12 and mean.accuracy - 1e-12 <= mean.high <= 1
+
+
+def draw(n, depth):
+    return Figure(figsize=(0.4, 0.4), dpi=30)
+
+
+values = st.lists(st.one_of(st.integers(-3, 99), st.text(max_size=3)), max_size=2, unique=True)
+
+
+@holds(passes=values, depths=values, words=st.text(max_size=20))
+def test_an_explorer_shows_every_pair_or_is_refused(passes, depths, words):
+    try:
+        page = explore(draw, passes, depths, lambda n, depth: words).page()
+    except ValueError:
+        assert not passes or not depths
+        return
+    assert page.count('<input type="range"') == 2 and page.count("<script") == 2 == page.count("</script>")
+
+
+# The command line
+
+
+arguments = st.lists(
+    st.sampled_from(
+        [
+            *("train", "evaluate", "results", "reproduce", "graph", "rule110", "math", "no-such-run", "smoke"),
+            *("--passes", "--size", "--model", "--seed", "--steps", "--examples", "--device", "--threads", "--json"),
+            *("--learning-rate", "--runs", "--", "kept", "cpu", "1", "0", "-1", "1e9", "nan", "9" * 20, "", "\0"),
+            "x" * 300,
+        ]
+    ),
+    max_size=7,
+)
+
+
+@holds(words=arguments)
+def test_the_command_line_ends_with_a_code_and_at_most_one_line_of_complaint(words, capsys, monkeypatch, tmp_path):
+    def no_training(*arguments, **named):
+        raise ValueError("this would train")
+
+    monkeypatch.setattr(experiments, "train_and_store", no_training)
+    monkeypatch.setattr("sleepedu.reproduction.train_and_store", no_training)
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    shown = capsys.readouterr()
+    assert code in (0, 2)
+    assert (len(shown.err.splitlines()) == 1) == (code == 2), shown.err
+    torch.set_num_threads(1)

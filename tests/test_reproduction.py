@@ -1,0 +1,74 @@
+"""Training a stored run again: what is the same, what is within its interval, what is not."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from sleepedu import experiments, reproduction
+from sleepedu.__main__ import main
+
+
+def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
+    assert main(["reproduce", str(tiny_run.path), "--quiet", "--runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == ["made     on the same machine and versions", "history  identical: 4 entries"]
+    assert [line.split(":")[0] for line in shown[2:5]] == [f"depth {k}  identical" for k in (1, 2, 3)]
+    assert shown[5:] == ["weights  identical: bit for bit", "reproduced"]
+    again = experiments.load(tmp_path / tiny_run.name)
+    assert again.weights == tiny_run.weights and again.path != tiny_run.path
+
+
+def test_without_a_folder_nothing_is_left(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path))
+    assert reproduction.reproduce(tiny_run).reproduced
+    assert list(tmp_path.iterdir()) == []
+
+
+def changed(run, accuracy=None, **provenance):
+    """The run with an accuracy at depth 1 that is not its own, or as if it had been made elsewhere."""
+    first = run.table[1]
+    if accuracy is not None:
+        first = replace(first, accuracy=accuracy, low=max(0, accuracy - 0.01), high=min(1, accuracy + 0.01))
+    return replace(run, table={**run.table, 1: first}, provenance={**run.provenance, **provenance})
+
+
+def test_one_number_that_differs_on_the_same_machine_is_not_reproduced(tiny_run):
+    near = tiny_run.table[1].accuracy + 0.001
+    compared = reproduction.compare(changed(tiny_run, near), tiny_run)
+    assert not compared.reproduced and compared.lines[-1] == "NOT reproduced"
+    assert compared.lines[2].startswith("depth 1  within the intervals: stored")
+
+
+def test_another_machine_has_to_come_within_the_intervals(tiny_run):
+    near = changed(tiny_run, tiny_run.table[1].accuracy + 0.001, processor="an abacus")
+    compared = reproduction.compare(near, tiny_run)
+    assert compared.reproduced and "processor an abacus, now" in compared.lines[0]
+    far = reproduction.compare(changed(tiny_run, 1.0, processor="an abacus"), tiny_run)
+    assert not far.reproduced and "NOT within the intervals: stored 1.0000 (0.990 - 1.000), now" in far.lines[2]
+
+
+def test_other_weights_and_another_history_are_told(tiny_run, tmp_path):
+    other = experiments.run(replace(tiny_run.experiment, seed=1), "cpu", tmp_path, examples=20)
+    compared = reproduction.compare(replace(tiny_run, settings=other.settings), other)
+    assert not compared.reproduced
+    assert compared.lines[1].startswith(f"history  differs: last loss {tiny_run.history.loss[-1]} stored")
+    assert compared.lines[-2].startswith("weights  differ by up to ")
+
+
+def test_a_run_stored_without_weights_is_compared_in_all_else(tiny_run):
+    compared = reproduction.compare(replace(tiny_run, weights=""), tiny_run)
+    assert compared.reproduced and "weights  not stored, so not compared" in compared.lines
+
+
+def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
+    assert main(["reproduce", str(tiny_run.path), "--runs", str(tiny_run.path.parent)]) == 2
+    assert "holds the stored run itself" in capsys.readouterr().err
+    settings = json.loads(json.dumps(tiny_run.settings))
+    settings["train"]["batch"] = 8
+    with pytest.raises(ValueError, match=r"the recipe of .* has changed since"):
+        reproduction.reproduce(replace(tiny_run, settings=settings), tmp_path)
+    shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
+    with pytest.raises(ValueError, match="is of a run with other settings"):
+        reproduction.compare(replace(tiny_run, settings=settings), tiny_run)
