@@ -5,7 +5,6 @@ bit of an automaton's row t steps on. It is fitted on some examples, its penalty
 is measured on a third part. No ring of nodes, and no row of bits, is in two parts. Chapter 9.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -131,8 +130,7 @@ def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) 
     Raises ValueError for a run that cannot be probed (see ``probe``).
     """
     settings = settings or Settings()
-    file = run.path / "weights.pt"
-    weights = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else ""
+    weights = run.weights[:16]
     for store in (COMMITTED, Path(directory)):
         path = store / "probes" / f"{run.name}.json"
         if path.exists():

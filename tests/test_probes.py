@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sleepedu import probes
+from sleepedu import probes, storage
 from sleepedu.__main__ import main
 from sleepedu.experiments import COMMITTED
 from sleepedu.fast_weights import gated_delta
@@ -130,8 +130,10 @@ def test_probes_of_a_run_are_stored_found_and_loaded(tiny_run, tmp_path, monkeyp
         assert probes.of(tiny_run, SMALL, tmp_path) == made, "it was made again"
     assert probes.of(tiny_run, replace(SMALL, passes=1), tmp_path).settings.passes == 1, "settings must count"
     copy = shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
-    torch.save({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()}, copy / "weights.pt")
-    assert probes.of(replace(tiny_run, path=copy), SMALL, tmp_path) != made, "weights must count"
+    other = storage.pack({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()})
+    (copy / "weights.pt").write_bytes(other)
+    retrained = replace(tiny_run, path=copy, weights=storage.checksum(other))
+    assert probes.of(retrained, SMALL, tmp_path) != made, "weights must count"
 
 
 def test_an_unasked_step_survives_the_store_and_is_not_in_a_table(tiny_run, tmp_path, make_model):
