@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from sleepedu.experiments import RECIPES, Experiment, machine
+from sleepedu.experiments import Experiment
 from sleepedu.fast_weights import gated_delta_chunked
 from sleepedu.layers import WindowCache
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
+from sleepedu.provenance import machine
+from sleepedu.recipes import RECIPES
 from sleepedu.sleep import Session, run_episode, sleep
 from sleepedu.training import TRAINING, can_compile, compiled_blocks, make_optimizers, score, stream, tokens_per_example
 

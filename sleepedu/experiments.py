@@ -5,103 +5,27 @@ An ``Experiment`` names a run in words; its recipe turns that into settings; the
 """
 
 import json
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy
 import torch
 
 from sleepedu import checks, distributed, storage
 from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth, check_examples
 from sleepedu.model import ModelConfig, SleepLM
+from sleepedu.provenance import machine
+from sleepedu.recipes import MODELS, RECIPES, SIZES, Recipe
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import Checkpoint, History, TrainConfig, can_compile, first_line, parameter_count, train
 
 VERSION = 1  # of the run format; a run of another version is refused
-SIZES = ("smoke", "laptop", "paper")
-MODELS = {
-    "sleep": "the hybrid of attention and fast weights, sleeping N passes on every window",
-    "transformer": "attention only, evicting every window: what is left of the past is nothing",
-    "kept": "attention only, evicting nothing: it looks back at everything when it answers",
-    "longer": "the hybrid at N = 1, trained on four times the steps",
-    "deeper": "the hybrid at N = 1, with four times the layers",
-}
 PACKAGE = Path(__file__).resolve().parent
 # An installed package brings the runs along; in a checkout they lie with the book.
 COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
 OWN = Path("own_runs")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one task is trained in one size: settings of task, model and training, and what depends on N."""
-
-    task: Mapping[str, Any]
-    model: Mapping[str, Any]
-    train: Mapping[str, Any]
-    carry: str = "hidden"  # from pass to pass; each task takes the one that learns it better
-    learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
-
-
-SMALL = {"layout": "ag", "width": 32, "heads": 2}
-PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
-RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
-    {
-        ("graph", "smoke"): Recipe(
-            task={"nodes": 6, "hops": 3, "queries": 6}, model=SMALL, train={"steps": 300, "batch": 64}
-        ),
-        ("graph", "laptop"): Recipe(
-            task={"nodes": 8, "hops": 4, "queries": 8},
-            model={"layout": "ag"},
-            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
-        ),
-        ("graph", "paper"): Recipe(
-            task={
-                **{"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3},
-                **{"tested": (1, 2, 4, 8, 16), "name_tokens": 2},
-            },
-            model={"layout": "gaga", "width": 512, "heads": 8},
-            train={"steps": 100_000, "batch": 128, **PAPER},
-        ),
-        ("rule110", "smoke"): Recipe(
-            task={"cells": 6, "steps": (1, 2)}, model={**SMALL, "positions": 6}, train={"steps": 300, "batch": 64}
-        ),
-        ("rule110", "laptop"): Recipe(
-            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6, 7, 8)},
-            model={"layout": "ag", "positions": 12},
-            train={"steps": 2500, "batch": 64},
-            learning_rates={4: 0.005},
-        ),
-        ("math", "smoke"): Recipe(
-            task={"quantities": 4, "operations": 2}, model=SMALL, train={"steps": 300, "batch": 64}
-        ),
-        ("math", "laptop"): Recipe(
-            task={"quantities": 8, "operations": 4, "digits": 5, "less": False},
-            model={"layout": "ag"},
-            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
-            carry="inject",
-        ),
-        # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
-        ("math", "paper"): Recipe(
-            task={"quantities": 360, "operations": 8, "ask": "one", "windows": 2, "sums": True, "name_words": 2},
-            model={"layout": "agag", "width": 512, "heads": 8},
-            train={"steps": 20_000, "batch": 256, **PAPER, "learning_rate": 0.001},
-        ),
-        # 512 x 100 tokens a step: 5 billion tokens.
-        ("rule110", "paper"): Recipe(
-            task={"cells": 24, "rows": 4, "steps": (32,), "ask": "first"},
-            model={"layout": "agag", "width": 256, "positions": 24},
-            train={"steps": 97_656, "batch": 512, **PAPER},
-        ),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -433,20 +357,6 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what a measurement has to say about where and when it was made: machine, versions, commit, time."""
-    return {
-        "device": device.type,
-        "processor": _processor(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "commit": _commit(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 def _provenance(model: SleepLM, history: History, device: torch.device, compiled: bool) -> dict[str, Any]:
     return {
         **machine(device),
@@ -455,25 +365,6 @@ def _provenance(model: SleepLM, history: History, device: torch.device, compiled
         "tokens": history.step[-1] * history.tokens_per_step,
         "parameters": parameter_count(model.parameters()),
     }
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        described = Path("/proc/cpuinfo").read_text()
-        return next(line.split(":", 1)[1].strip() for line in described.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Return the commit the library stands at, "" outside a checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE, capture_output=True, text=True, timeout=10)
-    except OSError:
-        return ""
-    return done.stdout.strip()
 
 
 def _readable_json(stored: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sleepedu import figures
+from sleepedu import figures, storage
 from sleepedu.experiments import COMMITTED, Run, load
 from sleepedu.explore import small_png
 from sleepedu.model import ModelConfig, SleepLM
@@ -47,11 +47,10 @@ def export(directory: Path | str = FOLDER, runs: Path | str = COMMITTED) -> list
     """
     text = script(find_runs(runs))
     picture = small_png(still(read_models(text)))
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / "weights.js", directory / "still.png"]
-    paths[0].write_text(text)
-    paths[1].write_bytes(picture)
+    files = {"weights.js": text.encode(), "still.png": picture}
+    paths = [Path(directory) / name for name in files]
+    for path, content in zip(paths, files.values(), strict=True):
+        storage.write(path, content)
     return paths
 
 

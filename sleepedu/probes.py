@@ -19,15 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleepedu import storage
+from sleepedu import checks, storage
 from sleepedu.evaluation import Accuracy, Table, wilson_interval
-from sleepedu.experiments import COMMITTED, OWN, Run, machine
+from sleepedu.experiments import COMMITTED, OWN, Run
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
+from sleepedu.provenance import machine
 from sleepedu.sleep import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
 from sleepedu.tasks.cellular_automaton import space_time
-from sleepedu.training import TESTING, first_line, stream
+from sleepedu.training import MOST_SEED, TESTING, first_line, stream
 
 VERSION = 1  # of the stored form
 READERS = {
@@ -62,10 +63,8 @@ class Settings:
 
     def __post_init__(self):
         check_passes(self.passes)
-        if self.episodes < 100:
-            raise ValueError(f"episodes must be at least 100 to fit, choose and test, got {self.episodes}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        checks.whole("episodes", self.episodes, least=100)  # to fit, choose and test
+        checks.whole("seed", self.seed, least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,12 @@ def probe(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any]:
     return {"steps": steps, "examples": counts, "each": shares(False), "whole": shares(True)}
 
 
+@lru_cache(maxsize=1)
 def _examples(task: Task, settings: Settings) -> tuple[tuple[int, ...], list[tuple[Tensor, Tensor]]]:
-    """Return the steps, and windows (b, l) and labels (b, steps, items) to fit, to choose and to test with."""
+    """Return the steps, and windows (b, l) and labels (b, steps, items) to fit, to choose and to test with.
+
+    They are drawn once for all readers.
+    """
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
     steps, labels = hidden_states(task, episode)
     parts = split(episode.windows.flatten(1), labels[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))

@@ -3,7 +3,8 @@
 from collections import defaultdict
 
 from sleepedu.evaluation import Table, across_seeds
-from sleepedu.experiments import MODELS, Run
+from sleepedu.experiments import Run
+from sleepedu.recipes import MODELS
 
 LABELS = {
     "transformer": "transformer",

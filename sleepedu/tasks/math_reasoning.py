@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sleepedu import checks
 from sleepedu.tasks.base import UNSCORED, Episode, Task, pad_left
 
 COLOURS = (
@@ -79,10 +80,8 @@ class MathReasoning(Task):
             )
         if self.ask not in ("every", "one"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'every' or 'one'")
-        if not 2 <= self.digits <= 10:
-            raise ValueError(f"digits must lie in 2..10, got {self.digits}")
-        if self.windows < 1:
-            raise ValueError(f"windows must be at least 1, got {self.windows}")
+        checks.whole("digits", self.digits, least=2, most=10)
+        checks.whole("windows", self.windows, least=1)
 
     @property
     def words(self) -> tuple[str, ...]:
