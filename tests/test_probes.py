@@ -180,7 +180,7 @@ def test_wrong_values_are_named_with_those_allowed(tiny_run, tmp_path, make_mode
         Settings(passes=0)
     with pytest.raises(ValueError, match="episodes must be at least 100, got 99"):
         Settings(episodes=99)
-    with pytest.raises(ValueError, match="seed must lie in 0..4294967295, got -1"):
+    with pytest.raises(ValueError, match=r"seed must lie in 0\.\.4294967295, got -1"):
         Settings(seed=-1)
     made = probes.of(tiny_run, SMALL, tmp_path)
     with pytest.raises(ValueError, match="reader 'mind' is unknown: use one of S, query, awake"):
