@@ -91,6 +91,12 @@ class FastWeightMixer(nn.Module):
             o = rms_norm(o, self.norm)
         return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
 
+    def write(self, x: Tensor, S: Tensor) -> Tensor:
+        """Return the S after the last token of a whole window x, and compute nothing else."""
+        q, k, v, log_a, b, _ = self.rule_inputs(x, S.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return gated_delta_chunked(q, k, v, log_a, b, S)[1]
+
     def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> tuple[Tensor, ...]:
         """Return what the rule gets of every token of x: q, k, v (b, h, l, size), log a, b (b, h, l); and the gate."""
         mixed, gate = self.project(x).split((self.mixed, self.heads * self.value_size), dim=-1)
@@ -161,6 +167,10 @@ class Block(nn.Module):
             mixed = self.mixer(x, cache)
         h = h + mixed
         return h + self.mlp(self.mlp_norm(h)), S
+
+    def write(self, h: Tensor, S: Tensor) -> Tensor:
+        """Return what a block of fast weights remembers after the whole window h, without its hidden states."""
+        return self.mixer.write(self.mixer_norm(h), S)
 
 
 def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:

@@ -161,19 +161,26 @@ class SleepLM(nn.Module):
                 wrong = int(low if low < 0 else high)
                 raise ValueError(f"token {wrong} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}")
 
-    def blocks(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
+    def blocks(
+        self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None, keep_h: bool = True
+    ) -> tuple[Tensor | None, FastWeights]:
         """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).
 
         h: (b, l, w); S as from ``empty_fast_weights``. With a cache, h continues the window that is in it.
+        keep_h=False: return None for h and compute no more than S needs, as in the last pass of a sleep.
         """
         self.check_fast_weights(S, h)
         left, written = list(S), []
-        for index, block in enumerate(self.layers):
+        last = len(self.layers) if keep_h else max(self.fast_layers, default=0)
+        for index, block in enumerate(self.layers[:last]):
             before = left.pop(0) if block.has_fast_weights else None
             h, after = block(h, before, None if cache is None else cache[index])
             if block.has_fast_weights:
                 written.append(after)
-        return h, tuple(written)
+        if keep_h:
+            return h, tuple(written)
+        written += [self.layers[last].write(h, before) for before in left]
+        return None, tuple(written)
 
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Return what the next sleep pass starts from, given this pass's h and the window's embedding (b, l, w)."""

@@ -130,19 +130,19 @@ def _run_passes(
     recompute: bool = False,
 ) -> FastWeights:
     """Run passes of a sleep over one window; h is what the pass before them left, None when there was none."""
-    for _ in range(passes):
+    for left in reversed(range(passes)):
         with nullcontext() if trace is None else trace._watch(model):
-            h, S = _one_pass(model, h, embedding, S, recompute)
+            h, S = _one_pass(model, h, embedding, S, recompute, keep_h=left > 0 or trace is not None)
     return S
 
 
 def _one_pass(
-    model: SleepLM, h: Tensor | None, embedding: Tensor, S: FastWeights, recompute: bool
-) -> tuple[Tensor, FastWeights]:
+    model: SleepLM, h: Tensor | None, embedding: Tensor, S: FastWeights, recompute: bool, keep_h: bool
+) -> tuple[Tensor | None, FastWeights]:
     first = h is None
 
-    def run(h: Tensor | None, embedding: Tensor, *S: Tensor) -> tuple[Tensor, ...]:
-        h, S = model.blocks(embedding if first else model.carry(h, embedding), S)
+    def run(h: Tensor | None, embedding: Tensor, *S: Tensor) -> tuple[Tensor | None, ...]:
+        h, S = model.blocks(embedding if first else model.carry(h, embedding), S, keep_h=keep_h)
         return h, *S
 
     if recompute:

@@ -299,7 +299,8 @@ def test_an_interrupted_session_goes_on_where_it_stood(interrupted, streaming, m
         if next(calls) == interrupted:
             raise KeyboardInterrupt
 
-    hook = model.layers[1].register_forward_hook(interrupt)  # between two layers: one has a longer cache by then
+    # Between two layers: one has a longer cache by then.
+    hook = model.layers[1].mixer_norm.register_forward_hook(interrupt)
     read = (lambda piece: session.read_stream([piece])) if streaming else session.read
     with pytest.raises(KeyboardInterrupt):
         for piece in tokens.split([2, 7], dim=1):  # passes over 2 and 2, asleep, 4, asleep, 1
@@ -307,6 +308,23 @@ def test_an_interrupted_session_goes_on_where_it_stood(interrupted, streaming, m
     hook.remove()
     read(tokens[:, session.tokens_read :])
     assert_same_state(session, plain, tokens)
+
+
+@pytest.mark.parametrize("layout", ["g", "ag", "gaga", "agag", "aa"])
+def test_the_last_pass_of_a_sleep_computes_nothing_that_is_thrown_away(layout, make_model):
+    model, tokens = make_model(layout), stream_of(2, 5)[0]
+    whole, used = [], []
+    for block in model.layers:
+        block.register_forward_hook(lambda block, *_: whole.append(block))
+        block.mixer_norm.register_forward_hook(lambda norm, *_: used.append(norm))
+    S = sleep(model, tokens, passes=2)
+    last = layout.rfind("g")
+    assert len(whole) == len(layout) + max(last, 0), "blocks that ran to their end, in the two passes together"
+    assert len(used) == len(layout) + last + 1
+    traced = SleepTrace()
+    for found, wanted in zip(S, sleep(model, tokens, passes=2, trace=traced), strict=True):
+        assert_close(found, wanted)
+    assert len(traced.h[0]) == 2, "who watches gets the hidden states of every pass"
 
 
 def live_numbers():
