@@ -84,6 +84,9 @@ def markdown(runs: list[Run]) -> str:
             )
         constants = [max(table[depth].majority for table in tables.values()) for depth in depths]
         rows.append(["best constant answer", "", "", "", "", *(f"{share:.3f}" for share in constants)])
+        floor = next(iter(models.values()))[0].make_task().floor
+        if floor is not None:
+            rows.append(["best guess without reading", "", "", "", "", *[f"{floor:.3f}"] * len(depths)])
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         parts.append(f"## {task}, {size}\n\nShare of right answers by {_depth_name(models)}.\n\n{table}\n")
     return "\n".join(parts)

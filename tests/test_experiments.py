@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from campaigns import COUNTS, size
 
 from sleepedu import experiments
-from sleepedu.evaluation import wilson_interval
+from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
 from sleepedu.model import CARRIES, SleepLM
 from sleepedu.sleep import run_episode
@@ -293,17 +294,27 @@ def test_a_committed_run_loads_and_is_of_todays_recipe(run):
     assert run.name == run.experiment.name
 
 
-@pytest.mark.parametrize("run", random.Random(0).sample(COMMITTED, min(6, len(COMMITTED))), ids=lambda run: run.name)
+@pytest.mark.parametrize(
+    "run", random.Random(0).sample(COMMITTED, min(size(6, 10**6), len(COMMITTED))), ids=lambda r: r.name
+)
 def test_a_committed_run_scores_the_same_on_other_examples(run):
-    task = run.make_task()
-    depth = random.Random(run.name).choice(list(run.table))
-    with torch.no_grad():
-        episode = task.sample(300, torch.Generator().manual_seed(12_345), depth)
-        answers = run_episode(run.load_model(), episode, run.experiment.passes).argmax(-1)
-    right = (answers == episode.targets) | ~episode.asked
-    share = right.all(1) if task.scoring == "all" else right[episode.asked]
-    low, high = wilson_interval(share.double().mean().item(), 300)
-    assert low <= run.table[depth].high and run.table[depth].low <= high
+    again = accuracy_by_depth(run.load_model(), run.make_task(), run.experiment.passes, size(300, 2000), seed=12_345)
+    assert list(again) == list(run.table)
+    for depth, found in again.items():
+        assert found.low <= run.table[depth].high and run.table[depth].low <= found.high, f"depth {depth}"
+        COUNTS["accuracies measured again"] += 1
+
+
+def test_who_evicts_what_it_read_knows_no_more_than_the_best_guess():
+    outside = total = 0
+    for run in COMMITTED:
+        if run.experiment.model == "transformer":
+            floor = run.make_task().floor
+            for measured in run.table.values():
+                total += 1
+                known = measured.majority if floor is None else floor
+                outside += not measured.low - 1e-9 <= known <= measured.high
+    assert total >= 4 * 3 * 3 and outside <= total // 20, f"{outside} of {total} intervals do not hold the floor"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

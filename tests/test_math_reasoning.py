@@ -223,6 +223,7 @@ def share_right(guess, episode) -> tuple[float, float]:
 def test_guessers_are_right_one_time_in_all_digits(settings, guesser):
     """The most frequent number depends on all numbers and may stray: a point down, 0.3 up, in 300,000 problems."""
     task = MathReasoning(**settings)
+    assert task.floor == 1 / task.digits
     stray = (0.012, 0.004) if "frequent" in guesser else (0, 0)
     for depth in (None, *task.depths):
         episode = draw_from(task, 10_000, 7 + (depth or 0), depth)

@@ -237,6 +237,17 @@ def test_all_names_are_as_likely_in_all_places():
     assert share[-1] == pytest.approx(0.5, abs=0.01) and share[:25].sum() == pytest.approx(0.5, abs=0.01)
 
 
+def test_the_floor_of_a_graph_is_what_guessing_another_node_gets():
+    for graph in (GraphRetrieval(nodes=8, hops=4), GraphRetrieval(nodes=5, hops=4, shortest=3)):
+        episode = draw_from(graph, 4000, depth=2)
+        asked = episode.asked
+        guess = (episode.prompt[asked] + 1) % graph.nodes
+        share = (guess == episode.targets[asked]).view(4000, -1).double().mean(1)
+        error = share.std().item() / len(share) ** 0.5
+        assert abs(share.mean().item() - graph.floor) < 4 * error
+        assert not (episode.prompt[asked] == episode.targets[asked]).any()
+
+
 def test_edges_and_names_straddle_windows():
     for graph, names_too in ((DEPO, True), (LONG_NAMES, True), (GraphRetrieval(nodes=9, hops=1, windows=2), False)):
         episode = draw_from(graph, 300, depth=1)

@@ -96,6 +96,14 @@ class Task(ABC):
         Raises ValueError for a batch below 1 or a depth that the task does not have.
         """
 
+    @property
+    def floor(self) -> float | None:
+        """The share of answers that the best guesser gets right who knows the task and the question but not the text.
+
+        None where that is not known exactly; the best constant answer, measured, stands for it then.
+        """
+        return None
+
     def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None) -> "Figure":
         """Draw one example for a person, with given answers (p,) beside the right ones where there are any.
 

@@ -101,6 +101,11 @@ class GraphRetrieval(Task):
         return self._tokens // self.windows
 
     @property
+    def floor(self) -> float | None:
+        """Any node but the one asked about, as no walk of fewer hops than nodes ends where it began."""
+        return 1 / (self.nodes - 1) if self.name_tokens == 1 else None
+
+    @property
     def prompt_length(self) -> int:
         return self.queries * (2 if self.name_tokens == 1 else 6)
 

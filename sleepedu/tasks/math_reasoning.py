@@ -107,6 +107,11 @@ class MathReasoning(Task):
         return -(-longest // self.windows)
 
     @property
+    def floor(self) -> float | None:
+        """Any digit: all are equally likely, whatever is asked."""
+        return 1 / self.digits
+
+    @property
     def prompt_length(self) -> int:
         return self.quantities * (1 + self.name_words) if self.ask == "every" else 1
 
