@@ -17,6 +17,7 @@ test: lint unit notebooks book pages
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2

@@ -25,7 +25,16 @@ from sleepedu.model import FastWeights, ModelConfig, SleepLM
 from sleepedu.provenance import machine
 from sleepedu.recipes import RECIPES
 from sleepedu.sleep import Session, run_episode, sleep
-from sleepedu.training import TRAINING, can_compile, compiled_blocks, make_optimizers, score, stream, tokens_per_example
+from sleepedu.training import (
+    COMPILED,
+    TRAINING,
+    can_compile,
+    compiled_blocks,
+    make_optimizers,
+    score,
+    stream,
+    tokens_per_example,
+)
 
 RULE_SHAPES = ((64, 4, 24, 16), (64, 4, 24, 64), (32, 4, 75, 64), (4, 4, 2048, 64))  # batch, heads, length, size
 PASSES = (1, 2, 4, 8)
@@ -119,17 +128,18 @@ def rule(device: torch.device) -> list[Row]:
 
         def ours(given=given, do=do, dS=dS) -> Tensor:
             *tokens, S = given
-            o, S = gated_delta_chunked(*(x.transpose(1, 2) for x in tokens), S)
+            q, k, v, log_a, b = (x.transpose(1, 2) for x in tokens)
+            o, S = gated_delta_chunked(q, k, v, log_a, b, S)
             torch.autograd.grad((o, S), given, (do.transpose(1, 2), dS))
             return o.transpose(1, 2)
 
-        def theirs(given=given, do=do, dS=dS) -> Tensor:
+        def theirs(given=given, do=do, dS=dS, peer: Any = peer) -> Tensor:
             *tokens, S = given  # their S is transposed, and their queries are scaled
             o, S = peer(*tokens, initial_state=S, output_final_state=True)
             torch.autograd.grad((o, S), given, (do, dS))
             return o * given[0].shape[-1] ** 0.5
 
-        row = {"batch": batch, "heads": heads, "length": length, "size": size}
+        row: Row = {"batch": batch, "heads": heads, "length": length, "size": size}
         found = alternately({"ours": ours} | ({name: theirs} if peer else {}), device)
         row["ours"] = found["ours"]
         if peer:
@@ -187,14 +197,14 @@ def _one_step(experiment: Experiment, product_ms: float, device: torch.device) -
         for optimizer in optimizers:
             optimizer.step()
 
-    def step_with(blocks: Callable) -> None:
-        model.blocks = blocks
+    def step_with(methods: dict[str, Callable]) -> None:
+        vars(model).update(methods)
         plain()
 
-    ways = {"plain": partial(step_with, model.blocks)}
+    ways = {"plain": partial(step_with, {name: getattr(model, name) for name in COMPILED})}
     with compiled_blocks(model) if can_compile(device) else contextlib.nullcontext():
         if can_compile(device):
-            ways["compiled"] = partial(step_with, model.blocks)
+            ways["compiled"] = partial(step_with, {name: getattr(model, name) for name in COMPILED})
         found = alternately(ways, device)
     best = min(row["ms"] for row in found.values())
     tokens = config.batch * tokens_per_example(task)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def from_first(read: Callable[[], T]) -> T:
     """Return what the first rank reads, on every rank; all have to ask. Tensors have to be on the CPU."""
     if ranks() == 1:
         return read()
-    box = [read() if is_first() else None]
+    box: list[Any] = [read() if is_first() else None]
     torch.distributed.broadcast_object_list(box)
     return box[0]
 

@@ -145,7 +145,7 @@ class Run:
     def make_task(self) -> Task:
         """Return the task as it was trained on."""
         settings = {name: tuple(v) if isinstance(v, list) else v for name, v in self.settings["task"].items()}
-        return TASKS[settings.pop("name")](**settings)
+        return TASKS[str(settings.pop("name"))](**settings)
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model. Raises FileNotFoundError or ValueError for missing or broken weights."""

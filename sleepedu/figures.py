@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 INK, FAINT, RIGHT, WRONG = "#222831", "#B8BEC6", "#0B7A53", "#C2410C"
 PASS_COLOURS = {1: "#D98200", 2: "#2E9BD6", 3: "#0B8F6A", 4: "#1F4E9E", 8: "#6B3FA0"}
 OTHER_COLOURS = ("#7A7F87", "#B0417A", "#8C6D1F", "#3D8A8A")
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "figure.dpi": 110,
     "savefig.dpi": 110,
@@ -68,10 +67,10 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 @contextmanager
 def new_figure(
     width: float = 6.4, height: float = 3.8, rows: int = 1, columns: int = 1
-) -> Iterator[tuple[Figure, Axes]]:
+) -> Iterator[tuple[Figure, Any]]:
     """Yield a figure and its axes in the book's style, for a chapter that draws something of its own."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height))
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height))  # one Axes, or an array of them
         try:
             yield figure, axes
         finally:
@@ -121,7 +120,7 @@ def learning_curves(histories: Mapping[str, Sequence["History"]], against: str =
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     for position, (label, runs) in enumerate(histories.items()):
         for number, history in enumerate(runs):
-            x = {
+            x: Any = {
                 "step": history.step,
                 "tokens": [step * history.tokens_per_step / 1e6 for step in history.step],
                 "seconds": history.seconds,
@@ -222,7 +221,7 @@ def space_time(diagram: Sequence[Sequence[int]], asked: Sequence[int], given: Se
         for x, bit in enumerate(row):
             framed = y == last and x in asked
             axes.add_patch(_cell(x, y, bit, edge=PASS_COLOURS[4] if framed else FAINT, wide=framed))
-    ticks = [(0, "read, t = 0"), (last, f"asked, t = {last}")]
+    ticks: list[tuple[float, str]] = [(0, "read, t = 0"), (last, f"asked, t = {last}")]
     if given is not None:
         below = rows + 0.5
         for x, bit in zip(asked, given, strict=True):
@@ -268,9 +267,9 @@ def dependencies(
     """
     columns = {x: [name for name in shows if column[name] == x] for x in sorted(set(column.values()))}
     place: dict[str, tuple[float, float]] = {}
-    for x, names in columns.items():  # a name stands near what it depends on, which keeps arrows from crossing
+    for rank, names in columns.items():  # a name stands near what it depends on, which keeps arrows from crossing
         names.sort(key=lambda name: sum(place[source][1] for source in arrows[name]) / max(1, len(arrows[name])))
-        place |= {name: (x, i - (len(names) - 1) / 2) for i, name in enumerate(names)}
+        place |= {name: (rank, i - (len(names) - 1) / 2) for i, name in enumerate(names)}
     tallest = max(len(names) for names in columns.values())
     figure, axes = plt.subplots(figsize=(1.35 * (max(columns) + 1) + 0.4, 0.85 * tallest + 1.2))
     for name, sources in arrows.items():
@@ -293,7 +292,7 @@ def dependencies(
         axes.plot(x, y, marker="o", ms=24, mec=edge, mfc=fill, mew=2, zorder=3)
         axes.text(x, y, shows[name], ha="center", va="center", fontsize=11, zorder=4)
         axes.text(x, y + 0.34, name, ha="center", va="center", fontsize=9, zorder=4)
-        if wrong:
+        if given is not None and wrong:
             axes.text(
                 x + 0.22, y - 0.26, f"×{given[name]}", color=WRONG, ha="left", va="center", weight="bold", zorder=4
             )

@@ -49,7 +49,7 @@ class CausalAttention(nn.Module):
         v = qkv[2]
         mask = None
         if cache is not None:
-            if seen:
+            if cache.keys is not None and cache.values is not None:
                 k, v = torch.cat((cache.keys, k), dim=2), torch.cat((cache.values, v), dim=2)
                 if x.shape[1] > 1:  # a single token may see all that there is
                     mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)

@@ -32,7 +32,13 @@ PASSES = (1, 2, 3, 4)
 FOLDER = Path("book/_extra/live")
 DIGITS = 91  # a character is a digit; "#" is 0 and "}" is 90
 FIRST, BACKSLASH, INSTEAD = 35, 92, 126  # a backslash would need escaping: "~" stands for it
-EXAMPLE = {"ring": [2, 5, 7, 0, 4, 1, 6, 3], "told": [4, 7, 2, 6, 0, 3, 5, 1], "start": 2, "hops": 3, "passes": 4}
+EXAMPLE: dict[str, Any] = {
+    "ring": [2, 5, 7, 0, 4, 1, 6, 3],
+    "told": [4, 7, 2, 6, 0, 3, 5, 1],
+    "start": 2,
+    "hops": 3,
+    "passes": 4,
+}
 
 _HEAD = """\
 // The weights of the models in model.js. Written by `python -m sleepedu export-live`: do not edit.
@@ -91,7 +97,7 @@ def _packed_run(run: Run) -> dict[str, Any]:
 
 
 def _packed_weights(model: SleepLM) -> dict[str, Any]:
-    packed = {name: pack(tensor) for name, tensor in model.state_dict().items()}
+    packed: dict[str, Any] = {name: pack(tensor) for name, tensor in model.state_dict().items()}
     heads, _, key_size = model.config.state_shape
     for index in model.fast_layers:
         mixer, name = model.layers[index].mixer, f"layers.{index}.mixer"
@@ -171,8 +177,8 @@ def still(models: Mapping[int, SleepLM], example: Mapping[str, Any] = EXAMPLE) -
     place = ring.index(start)
     walk = [LETTERS[ring[(place + step) % len(ring)]] for step in range(hops + 1)]
     shown = (min(models), max(models))
-    with figures.new_figure(8.4, 3.6, len(shown), max(shown) + 1) as (figure, axes):
-        for row, passes in zip(axes, shown, strict=True):
+    with figures.new_figure(8.4, 3.6, len(shown), max(shown) + 1) as (figure, rows):
+        for row, passes in zip(rows, shown, strict=True):
             logits, trace = ask(models[passes], passes, ring, told, start, hops)
             matrices = [torch.cat([*S[0][0]], dim=1) for S in trace.S[0][1:]]
             reach = torch.stack(matrices).abs().quantile(0.995).item()

@@ -105,6 +105,7 @@ class SleepLM(nn.Module):
         if config.positions:
             self.places = nn.Parameter(0.5 * torch.randn(config.positions, config.width))
         self.layers = nn.ModuleList()
+        mixer: CausalAttention | FastWeightMixer
         for letter in config.layout:
             if letter in "aA":
                 mixer = CausalAttention(config.width, heads)
@@ -161,26 +162,37 @@ class SleepLM(nn.Module):
                 wrong = int(low if low < 0 else high)
                 raise ValueError(f"token {wrong} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}")
 
-    def blocks(
-        self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None, keep_h: bool = True
-    ) -> tuple[Tensor | None, FastWeights]:
+    def blocks(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).
 
         h: (b, l, w); S as from ``empty_fast_weights``. With a cache, h continues the window that is in it.
-        keep_h=False: return None for h and compute no more than S needs, as in the last pass of a sleep.
         """
         self.check_fast_weights(S, h)
+        return self._run(len(self.layers), h, S, cache)
+
+    def write(self, h: Tensor, S: FastWeights) -> FastWeights:
+        """Run one pass for its S alone, as in the last pass of a sleep, and compute nothing that S can do without.
+
+        h: (b, l, w) of a whole window; S as from ``empty_fast_weights``.
+        """
+        self.check_fast_weights(S, h)
+        if not S:
+            return S
+        last = self.fast_layers[-1]
+        h, written = self._run(last, h, S[:-1], None)
+        return (*written, self.layers[last].write(h, S[-1]))
+
+    def _run(
+        self, layers: int, h: Tensor, S: FastWeights, cache: list[WindowCache] | None
+    ) -> tuple[Tensor, FastWeights]:
+        """Run the first ``layers`` blocks, which have these S."""
         left, written = list(S), []
-        last = len(self.layers) if keep_h else max(self.fast_layers, default=0)
-        for index, block in enumerate(self.layers[:last]):
+        for index, block in enumerate(self.layers[:layers]):
             before = left.pop(0) if block.has_fast_weights else None
             h, after = block(h, before, None if cache is None else cache[index])
             if block.has_fast_weights:
                 written.append(after)
-        if keep_h:
-            return h, tuple(written)
-        written += [self.layers[last].write(h, before) for before in left]
-        return None, tuple(written)
+        return h, tuple(written)
 
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Return what the next sleep pass starts from, given this pass's h and the window's embedding (b, l, w)."""

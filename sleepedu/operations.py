@@ -26,7 +26,7 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         padded = F.pad(x, (0, 0, len(taps) - 1, 0))
-        return F.silu(sum(tap * padded[:, i : i + x.shape[1]] for i, tap in enumerate(taps.unbind(0))))
+        return F.silu(sum(tap * padded[:, i : i + x.shape[1]] for i, tap in enumerate(taps.unbind(0))))  # type: ignore[arg-type]
     return _Convolution.apply(x, taps)
 
 

@@ -243,6 +243,7 @@ def hidden_states(task: Task, episode: Episode) -> tuple[tuple[int, ...], Tensor
         for _ in steps[1:]:
             maps.append(maps[0].gather(1, maps[-1]))
         return tuple(steps), torch.stack(maps, dim=1)
+    assert isinstance(task, CellularAutomaton)  # there are no other questions
     steps = range(max(task.steps) + 1)
     return tuple(steps), space_time(episode.windows[:, 0], task.rule, steps[-1]).long()
 

@@ -60,7 +60,9 @@ def reproduce(
                 again = load(path)
             else:
                 examples = next(iter(run.table.values())).n
-                again = train_and_store(run.experiment, path, device, watch, examples, made["compiled"])
+                trained = train_and_store(run.experiment, path, device, watch, examples, made["compiled"])
+                assert trained is not None  # only other ranks get none, and there are no others
+                again = trained
             return compare(run, again)
         finally:
             torch.set_num_threads(threads)
@@ -81,13 +83,13 @@ def compare(run: Run, again: Run) -> Comparison:
 
     apart = 0
     for depth, stored in run.table.items():
-        new = again.table[depth]
-        same.append(stored == new)
-        within = stored.low <= new.high and new.low <= stored.high
+        measured = again.table[depth]
+        same.append(stored == measured)
+        within = stored.low <= measured.high and measured.low <= stored.high
         apart += not within
         verdict = "identical" if same[-1] else "within the intervals" if within else "NOT within the intervals"
         found = f"{stored.accuracy:.4f} ({stored.low:.3f} - {stored.high:.3f})"
-        now_found = "" if same[-1] else f", now {new.accuracy:.4f} ({new.low:.3f} - {new.high:.3f})"
+        now_found = "" if same[-1] else f", now {measured.accuracy:.4f} ({measured.low:.3f} - {measured.high:.3f})"
         lines.append(f"depth {depth:<3d}{verdict}: stored {found}{now_found}")
 
     if run.weights:

@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleepedu import checks
+from sleepedu.layers import WindowCache
 from sleepedu.model import FastWeights, SleepLM
 from sleepedu.tasks.base import Episode
 
@@ -141,18 +143,21 @@ def _one_pass(
 ) -> tuple[Tensor | None, FastWeights]:
     first = h is None
 
-    def run(h: Tensor | None, embedding: Tensor, *S: Tensor) -> tuple[Tensor | None, ...]:
-        h, S = model.blocks(embedding if first else model.carry(h, embedding), S, keep_h=keep_h)
-        return h, *S
+    def run(h: Any, embedding: Tensor, *S: Tensor) -> tuple[Any, ...]:
+        entering = embedding if first else model.carry(h, embedding)
+        if not keep_h:
+            return None, *model.write(entering, S)
+        leaving, S = model.blocks(entering, S)
+        return leaving, *S
 
     if recompute:
         used = model.layers if first else model  # what else there is gets its gradient elsewhere, or (inject) none
         parameters = [parameter for parameter in used.parameters() if parameter.requires_grad]
         entering = (embedding if first else h, embedding, *S)
-        h, *S = _Recomputed.apply(run, len(entering), *entering, *parameters)
+        h, *after = _Recomputed.apply(run, len(entering), *entering, *parameters)
     else:
-        h, *S = run(h, embedding, *S)
-    return h, tuple(S)
+        h, *after = run(h, embedding, *S)
+    return h, tuple(after)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -283,6 +288,8 @@ class Session:
         self.S = model.empty_fast_weights(batch)
         self.tokens_read = 0
         self.sleeps = 0
+        self._filled: int
+        self._cache: list[WindowCache]
         self._clear_window()
 
     @property

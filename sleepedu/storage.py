@@ -15,7 +15,7 @@ import torch
 try:
     import fcntl
 except ImportError:  # Windows has other locks; nothing keeps two processes apart there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _mine = threading.local()  # the folders that this thread has to itself
 

@@ -33,6 +33,7 @@ from sleepedu.tasks.base import Episode, Task
 
 TRAINING, TESTING = 0, 1  # the two streams of examples; they never share a seed
 MOST_SEED = 2**32 - 1
+COMPILED = ("blocks", "write")  # the model's methods that run a pass
 SAVE_EVERY = 20.0  # seconds of training between two checkpoints
 
 
@@ -132,7 +133,7 @@ def train(
     scale = 2.0**16 / distributed.ranks()
     scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
     history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
-    answer = _Answer(model, config.passes, recompute)
+    answer: nn.Module = _Answer(model, config.passes, recompute)
     if distributed.ranks() > 1:
         # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so.
         answer = DistributedDataParallel(answer, static_graph=True)
@@ -212,11 +213,13 @@ def compiled_blocks(model: SleepLM) -> Iterator[None]:
     # there is nothing to split them for (optimize_ddp).
     with torch._dynamo.config.patch(suppress_errors=True, optimize_ddp=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the compiler's own
-        model.blocks = torch.compile(model.blocks, dynamic=False)
+        for name in COMPILED:
+            setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
         try:
             yield
         finally:
-            vars(model).pop("blocks", None)  # the method of the class is there again
+            for name in COMPILED:
+                vars(model).pop(name, None)  # the method of the class is there again
             torch._dynamo.reset()  # it compiles a function for so many models and then no more
 
 
@@ -249,7 +252,8 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
 
     Gates count with the rest: they are a few rows, not a hidden matrix. Betas, decay and schedule as in section 6.
     """
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and name.endswith("weight") and name.startswith(("layers.", "inject."))
         (hidden if matrix and ".gates." not in name else rest).append(parameter)

@@ -5,7 +5,7 @@ A task knows tokens, windows and depth; it knows nothing of models.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Episode:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
 class Task(ABC):
     """The interface of every task; a frozen dataclass whose fields are its settings.
 
@@ -64,10 +65,13 @@ class Task(ABC):
     ``windows`` x ``window``: how many windows, of how many tokens.
     """
 
-    name: str
-    scoring: str
-    depth_name: str
-    answer_tokens: int = 1
+    name: ClassVar[str]
+    scoring: ClassVar[str]
+    depth_name: ClassVar[str]
+
+    @property
+    def answer_tokens(self) -> int:
+        return 1
 
     @property
     @abstractmethod

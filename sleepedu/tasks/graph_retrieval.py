@@ -139,10 +139,10 @@ class GraphRetrieval(Task):
         if depth is not None:
             k = torch.full_like(k, depth)
         answer = cycle[row, (start + k) % length]
-        prompt = [(self.words.index("+1") + k - 1)[..., None], cycle[row, start]]
+        asked = [(self.words.index("+1") + k - 1)[..., None], cycle[row, start]]
         if self.name_tokens == 2:
-            prompt += [torch.full((batch, self.queries, 1), padding - 1), answer]
-        prompt = torch.cat(prompt, dim=-1)
+            asked += [torch.full((batch, self.queries, 1), padding - 1), answer]
+        prompt = torch.cat(asked, dim=-1)
         targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
         targets[..., self._scored], depths[..., self._scored] = answer, k[..., None]
         return Episode(

@@ -239,7 +239,8 @@ class MathReasoning(Task):
         """Return the digit and the worked line of a dial and of every dial it takes, those it depends on first."""
         if name not in facts:
             raise ValueError(f"the problem has no dial {name!r}: it has {', '.join(facts)}")
-        fact, steps = facts[name], {}
+        fact = facts[name]
+        steps: dict[str, tuple[int, str]] = {}
         for source in _sources(fact):
             steps |= self._steps(facts, source)
         numbers = [steps[source][0] for source in _sources(fact)]
