@@ -1,7 +1,7 @@
 """Two sliders, N and depth, over pictures of a real model's output.
 
 In the rendered page the pictures are computed beforehand and a few lines of JavaScript show the right one: no kernel,
-no other host. Where there is a kernel, ipywidgets sliders draw anew.
+no other host. Where there is a kernel, ipywidgets sliders draw anew, and a button draws another example.
 """
 
 import base64
@@ -17,7 +17,10 @@ import ipywidgets
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sleepedu.checks import whole
+
 MOST_FRAMES, MOST_BYTES = 40, 300_000
+MOST_SEED = 2**31 - 1
 
 
 def explore(
@@ -26,28 +29,41 @@ def explore(
     depths: Sequence[int | str],
     describe: Callable[[Any, Any], str],
     names: tuple[str, str] = ("Sleep passes N", "Depth"),
+    new_example: Callable[[int], None] | None = None,
+    seed: int = 0,
 ) -> "Explorer":
     """Return an explorer that shows ``draw(N, depth)`` with ``describe(N, depth)`` in words, for every N and depth.
 
     passes, depths: the values of the two sliders, in order, numbers or words. describe: the picture in words, for
-    readers who do not see it. Raises ValueError for empty sliders, or more than 40 pictures or 300 kB of them.
+    readers who do not see it. new_example: makes the example of a seed the one that draw and describe speak of, or
+    raises and leaves the one before; with it, a reader who has a kernel gets a button and a box for the seed.
+    seed: that of the example shown first, which is there already, 0..2**31-1. Raises ValueError for empty sliders, more
+    than 40 pictures or 300 kB of them, another seed, or a new_example that cannot be called.
     """
     if not passes or not depths:
         raise ValueError(f"both sliders need a value: got passes {list(passes)} and depths {list(depths)}")
     if len(passes) * len(depths) > MOST_FRAMES:
         raise ValueError(f"{len(passes)} x {len(depths)} pictures are too many for a page: {MOST_FRAMES} at most")
-    return Explorer(draw, describe, tuple(passes), tuple(depths), names)
+    if new_example is not None and not callable(new_example):
+        raise ValueError(f"new_example must be a function of a seed, or None, got {new_example!r}")
+    whole("seed", seed, 0, MOST_SEED)
+    return Explorer(draw, describe, tuple(passes), tuple(depths), names, new_example, seed)
 
 
 @dataclass
 class Explorer:
-    """Two sliders over pictures; as a notebook's value it shows itself in whatever way the place allows."""
+    """Two sliders over pictures; as a notebook's value it shows itself in whatever way the place allows.
+
+    seed: that of the present example. Frames and page are always those of the present example.
+    """
 
     draw: Callable[[Any, Any], Figure]
     describe: Callable[[Any, Any], str]
     passes: tuple[int | str, ...]
     depths: tuple[int | str, ...]
     names: tuple[str, str]
+    new_example: Callable[[int], None] | None = None
+    seed: int = 0
     _frames: dict[tuple[int | str, int | str], bytes] = field(default_factory=dict, repr=False)
 
     def frame(self, n: int | str, depth: int | str) -> bytes:
@@ -56,23 +72,47 @@ class Explorer:
             self._frames[n, depth] = small_png(self.draw(n, depth))
         return self._frames[n, depth]
 
+    def renew(self, seed: int) -> None:
+        """Make the example of this seed the present one. Raises what new_example raises; the one before then stays."""
+        if seed != self.seed and self.new_example is not None:
+            self._frames.clear()
+            self.new_example(seed)
+            self.seed = seed
+
     def widget(self) -> ipywidgets.Widget:
-        """Return live sliders, which draw when they are moved. Works in ipywidgets 7.7 and 8."""
+        """Return live sliders, with new_example also a seed and a button, which draw when they are used.
+
+        What goes wrong when they are used is said in the words, and the picture stays. Works in ipywidgets 7.7 and 8.
+        """
         sliders = [
             ipywidgets.SelectionSlider(options=values, description=name, style={"description_width": "initial"})
             for name, values in zip(self.names, (self.passes, self.depths), strict=True)
         ]
+        seed = ipywidgets.BoundedIntText(self.seed, min=0, max=MOST_SEED, description="Seed")
+        button = ipywidgets.Button(description="New example")
         picture, words = ipywidgets.Image(format="png"), ipywidgets.HTML()
 
-        def show(_change: object = None) -> None:
+        def show() -> None:
+            self.renew(seed.value)
             n, depth = (slider.value for slider in sliders)
-            picture.value = self.frame(n, depth)
-            words.value = html.escape(self.describe(n, depth))
+            picture.value, words.value = self.frame(n, depth), html.escape(self.describe(n, depth))
 
-        for slider in sliders:
-            slider.observe(show, "value")
+        def changed(_change: object) -> None:
+            try:
+                show()
+            except Exception as error:  # a notebook shows nothing of what a callback raises
+                told = f"This could not be drawn, and the picture is the one of before: {type(error).__name__}: {error}"
+                words.value = html.escape(told)
+
+        def next_seed(_button: object) -> None:
+            seed.value = (seed.value + 1) % (MOST_SEED + 1)
+
+        for control in (*sliders, seed):
+            control.observe(changed, "value")
+        button.on_click(next_seed)
         show()
-        return ipywidgets.VBox([*sliders, picture, words])
+        example = [] if self.new_example is None else [ipywidgets.HBox([seed, button])]
+        return ipywidgets.VBox([*sliders, *example, picture, words])
 
     def page(self) -> str:
         """Return the sliders as HTML that needs no kernel. Raises ValueError when the pictures are too large."""
@@ -97,11 +137,16 @@ class Explorer:
         )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
-        bundle: dict[str, object] = {"text/plain": repr(self), "text/html": self.page()}
-        widget = self.widget()
-        if hasattr(widget, "_repr_mimebundle_"):  # ipywidgets 8; with 7 the page's own sliders serve
-            bundle.update(widget._repr_mimebundle_() or {})
-        return bundle
+        return {
+            "text/plain": repr(self),
+            "text/html": self.page(),
+            # Put together here: a widget of ipywidgets 8 would return this, one of 7 only displays itself.
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": self.widget().model_id,
+            },
+        }
 
 
 def small_png(figure: Figure, colours: int = 64) -> bytes:

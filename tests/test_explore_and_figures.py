@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import ipywidgets
@@ -156,10 +157,154 @@ def test_the_widget_draws_anew_when_a_slider_moves():
     assert isinstance(picture, ipywidgets.Image)
 
 
+class Ring:
+    """An example that draw and describe speak of; seed 13 cannot be made, seed 14 not be drawn at depth 3."""
+
+    seed = 5
+
+    def renew(self, seed):
+        if seed == 13:
+            raise RuntimeError("no <ring>")
+        self.seed = seed
+
+    def draw(self, n, depth):
+        if (self.seed, depth) == (14, 3):
+            raise RuntimeError("no picture")
+        return gradient(n + self.seed % 7, depth)
+
+    def describe(self, n, depth):
+        return f"ring {self.seed}: N = {n}, depth = {depth}"
+
+    def explorer(self):
+        return explore(self.draw, (1, 2), (1, 3), self.describe, new_example=self.renew, seed=5)
+
+
+def parts(widget):
+    """Return what a reader uses and sees: sliders, seed, button, picture and words."""
+    passes, depths, example, picture, words = widget.children
+    return passes, depths, *example.children, picture, words
+
+
+def test_the_button_draws_the_next_example_at_the_sliders_present_values():
+    explorer = Ring().explorer()
+    passes, depths, seed, button, picture, words = parts(explorer.widget())
+    assert (seed.description, seed.value, button.description) == ("Seed", 5, "New example")
+    passes.value, depths.value = 2, 3
+    before = picture.value
+    button.click()
+    assert (seed.value, words.value) == (6, "ring 6: N = 2, depth = 3")
+    assert picture.value == small_png(gradient(2 + 6, 3)) != before
+    button.click()
+    assert (seed.value, words.value) == (7, "ring 7: N = 2, depth = 3")
+
+
+def test_the_same_seed_gives_the_same_picture_and_no_frame_outlives_its_example():
+    *_, depths, seed, button, picture, words = parts(Ring().explorer().widget())
+    first = picture.value, words.value
+    seed.value = 10
+    tenth = picture.value, words.value
+    assert tenth[0] != first[0] and tenth[1] == "ring 10: N = 1, depth = 1"
+    depths.value = 3
+    assert words.value == "ring 10: N = 1, depth = 3"
+    seed.value, depths.value = 5, 1
+    assert (picture.value, words.value) == first
+    seed.value = 9
+    button.click()
+    assert (picture.value, words.value) == tenth
+
+
+def test_seeds_stay_inside_their_limits():
+    *_, seed, button, _, words = parts(Ring().explorer().widget())
+    seed.value = -3
+    assert seed.value == 0 and words.value.startswith("ring 0:")
+    seed.value = 2**40
+    assert seed.value == 2**31 - 1 and words.value.startswith("ring 2147483647:")
+    button.click()
+    assert seed.value == 0 and words.value.startswith("ring 0:")
+
+
+def test_an_example_that_cannot_be_made_is_told_and_survived():
+    passes, _, seed, button, picture, words = parts(Ring().explorer().widget())
+    seed.value = 12
+    before = picture.value
+    button.click()
+    assert seed.value == 13
+    assert "RuntimeError: no &lt;ring&gt;" in words.value and picture.value == before
+    passes.value = 2
+    assert "RuntimeError" in words.value and picture.value == before, "never a picture of another seed than the box's"
+    button.click()
+    assert words.value == "ring 14: N = 2, depth = 1" and picture.value != before
+    seed.value = 13
+    seed.value = 14
+    assert words.value == "ring 14: N = 2, depth = 1", "the example before is still there"
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_survived():
+    _, depths, seed, button, picture, words = parts(Ring().explorer().widget())
+    seed.value = 14
+    before = picture.value
+    depths.value = 3
+    assert "RuntimeError: no picture" in words.value and picture.value == before
+    depths.value = 1
+    assert words.value == "ring 14: N = 1, depth = 1" and picture.value == before
+    depths.value = 3
+    button.click()
+    assert words.value == "ring 15: N = 1, depth = 3" and picture.value != before
+
+
+def test_the_page_and_a_second_widget_show_the_present_example():
+    explorer = Ring().explorer()
+    page = Page(explorer.page())
+    *_, button, picture, words = parts(explorer.widget())
+    button.click()
+    renewed = json.loads(Page(explorer.page()).data)
+    assert renewed["words"][0] == words.value and base64.b64decode(renewed["frames"][0]) == picture.value
+    first = json.loads(page.data)
+    assert all(old != new for key in ("frames", "words") for old, new in zip(first[key], renewed[key], strict=True))
+    assert page.all("button") == [] and len(page.all("input")) == 2, "a page without a kernel cannot draw"
+    passes, _, seed, *_, other = parts(explorer.widget())
+    assert seed.value == 6
+    seed.value = 8
+    button.click()  # of the first widget, whose box says 6
+    assert (words.value, other.value) == ("ring 7: N = 1, depth = 1", "ring 8: N = 1, depth = 1")
+    passes.value = 2
+    assert other.value == "ring 8: N = 2, depth = 1", "each widget shows the seed that its box says"
+
+
+def test_the_first_picture_raises_where_it_is_asked_for():
+    def draw(n, depth):
+        raise RuntimeError("no picture")
+
+    with pytest.raises(RuntimeError, match="no picture"):
+        explore(draw, (1,), (1,), describe).widget()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"new_example": 7}, "new_example must be a function of a seed, or None, got 7"),
+        ({"seed": -1}, "seed must lie in 0..2147483647, got -1"),
+        ({"seed": 2**31}, "seed must lie in 0..2147483647, got 2147483648"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+    ],
+    ids=str,
+)
+def test_a_wrong_seed_or_example_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        explore(gradient, (1,), (1,), describe, **{"new_example": print} | wrong)
+
+
 def test_a_notebook_gets_page_and_widget():
     bundle = explore(gradient, (1,), (1,), describe)._repr_mimebundle_()
     assert bundle["text/html"].startswith('<div class="explorer"')
-    assert "application/vnd.jupyter.widget-view+json" in bundle and "text/plain" in bundle
+    assert bundle["text/plain"].startswith("Explorer(")
+    view = bundle["application/vnd.jupyter.widget-view+json"]
+    widget = ipywidgets.Label()
+    if hasattr(widget, "_repr_mimebundle_"):  # how ipywidgets 8 itself names a view
+        own = widget._repr_mimebundle_()["application/vnd.jupyter.widget-view+json"]
+        assert view == own | {"model_id": view["model_id"]}
+    assert len(view["model_id"]) == len(widget.model_id) and view["model_id"] != widget.model_id
 
 
 # The figures
