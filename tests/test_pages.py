@@ -132,6 +132,93 @@ def test_page_fits_a_phone(page):
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 361
 
 
+# Most of the time of a check goes into the contrast of code, token by token. A token's colours follow from its class
+# and from the kind of block it is in: one of each stands for the others, whose text stays. Inner tokens come first.
+THIN_OUT_CODE = """() => {
+  const seen = new Set();
+  for (const block of document.querySelectorAll("pre, dt.sig")) {
+    const kind = [block.parentElement, block.closest(".cell_input, .cell_output, .admonition, .live")];
+    const copy = block.cloneNode(true);
+    for (const token of [...copy.querySelectorAll("span, em")].reverse()) {
+      if (token.children.length) continue;
+      const key = [...kind, token.parentElement, token].map((element) => element?.className).join("/");
+      if (seen.has(key)) token.replaceWith(token.textContent);
+      seen.add(key);
+    }
+    block.replaceWith(copy);
+  }
+}"""
+# Solutions are folded away until someone asks for them; a check sees only what is to be seen.
+UNFOLD = """() => {
+  for (const button of document.querySelectorAll(".toggle-button-hidden")) button.click();
+  for (const details of document.querySelectorAll("details")) details.open = true;
+}"""
+# The rules whose verdict hangs on the theme. Everything else is the same in both.
+COLOURS = ["color-contrast", "link-in-text-block"]
+
+
+# What a reader who sees badly, or does not use a mouse, would stumble over, by the rule that has to notice it.
+BARRIERS = {
+    "image-alt": "document.querySelector('article figure img').removeAttribute('alt')",
+    "label": "document.querySelector('.explorer label').remove()",
+    "color-contrast": """document.head.append(Object.assign(document.createElement("style"),
+        {textContent: "pre .k { color: #555 !important }"}))""",
+    "scrollable-region-focusable": """document.querySelector("article").insertAdjacentHTML("beforeend",
+        "<div style='height: 3em; overflow: auto'>" + "<p>too long</p>".repeat(5) + "</div>")""",
+}
+
+
+def prepare_check(page):
+    """Load axe into a page in which everything is typeset, unfolded, and free of colours halfway to others."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page.evaluate("window.MathJax?.startup?.promise.then(() => null)")
+    page.evaluate(UNFOLD)
+    page.evaluate(THIN_OUT_CODE)
+    page.add_style_tag(content="*, ::before, ::after { transition: none !important; animation: none !important }")
+    page.evaluate(axe.Axe().axe_script)
+    # To axe a formula is a picture and a header with nothing else is empty. A screen reader finds MathML in it.
+    headers = "th:not([role]):not(:has(mjx-assistive-mml math))"
+    page.evaluate("(s) => axe.configure({rules: [{id: 'empty-table-header', selector: s}]})", headers)
+
+
+def show(page, theme, width):
+    page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+    if page.viewport_size["width"] != width:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(400)  # 300 ms after a change of width the theme looks which boxes scroll now
+
+
+def violations(page, rules=None, where="html"):
+    """What axe has against a part of a prepared page as it stands: for each broken rule its name and one line more."""
+    # Without preload: style sheets cannot be read over again from a page that was opened from disk.
+    options = {"resultTypes": ["violations"], "preload": False} | ({"runOnly": rules} if rules else {})
+    found = page.evaluate("async ([where, options]) => (await axe.run(where, options)).violations", [where, options])
+    return {
+        rule["id"]: f"{rule['id']} ({rule['impact']}), {len(rule['nodes'])} nodes, first {rule['nodes'][0]['target']}: "
+        f"{rule['nodes'][0]['html'][:200]}"
+        for rule in found
+    }
+
+
+def test_an_automated_check_finds_no_barrier(page):
+    prepare_check(page)
+    found = []
+    for width in (1200, 400):
+        for theme, rules in (("light", None), ("dark", COLOURS)):
+            show(page, theme, width)
+            found += [f"{theme}, {width} px: {line}" for line in violations(page, rules).values()]
+    assert not found, "\n".join([page.name, *found])
+
+
+def test_the_automated_check_finds_barriers_where_there_are_some(browser):
+    with opened(browser, CHAPTERS[0]) as page:
+        prepare_check(page)
+        show(page, "dark", 400)
+        for barrier in BARRIERS.values():
+            page.evaluate(barrier)
+        assert violations(page).keys() == BARRIERS.keys()
+
+
 @pytest.fixture
 def intro(browser):
     """The page with the live model; whatever a test did there, nothing went wrong and nobody else was asked."""
@@ -235,6 +322,16 @@ def test_live_controls_have_names_and_show_where_the_focus_is(intro):
         assert intro.evaluate(style) == "solid3px"
         intro.keyboard.press("Tab")
     assert intro.evaluate("document.activeElement.closest('.live')") is None
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_an_automated_check_finds_no_barrier_in_a_wrong_answer(theme, intro):
+    prepare_check(intro)
+    show(intro, theme, 1200)
+    choose(intro, 1, 3)
+    press(intro, ".live-node >> nth=1", "Enter")
+    assert intro.locator(".live-verdict.wrong, .live-node.wrong, .live-answers .wrong").count() == 3
+    assert violations(intro, where=".live") == {}
 
 
 @pytest.mark.parametrize("width", [360, 768, 1600])

@@ -1,4 +1,4 @@
-"""Finish every page: an "Open in Colab" badge on top of each notebook, and no script twice.
+"""Finish every page: an "Open in Colab" badge on top of each notebook, entries in lists, and no script twice.
 
 The repository's address comes from the book's configuration.
 """
@@ -25,6 +25,15 @@ def add_badge(app: Sphinx, pagename: str, templatename: str, context: dict, doct
     )
 
 
+def mark_list_entries(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Give bibliography entries the role of what they are, entries of a list.
+
+    docutils writes doc-biblioentry, which ARIA has withdrawn: a screen reader would announce a list of nothing.
+    """
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
     """Keep each script once: the theme's thebe support writes its constants twice, which is an error in a browser."""
     seen, scripts = set(), []
@@ -38,5 +47,6 @@ def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context
 
 def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", add_badge)
+    app.connect("html-page-context", mark_list_entries)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
