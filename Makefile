@@ -31,10 +31,12 @@ pages: .venv/ready
 soak: .venv/ready
 	SOAK=1 $(BIN)/python -m pytest tests/test_interruptions.py tests/test_hostile_files.py tests/test_properties.py
 
-.venv/ready: requirements.txt pyproject.toml
+.venv/ready: requirements.txt pyproject.toml tests/environments/widgets7.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	rm -rf .venv/widgets7
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/widgets7 --requirement tests/environments/widgets7.txt
 	@touch $@
 
 clean:
