@@ -1,11 +1,11 @@
-# Two commands: `make book` and `make test`; `make soak` looks for what breaks. All set up .venv first, once, and again when
-# requirements.txt changes.
+# Two commands: `make book` and `make test`. `make soak` looks for what breaks, `make environments` tries other versions of
+# what is needed. All but the last set up .venv first, once, and again when requirements.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
 # The models here are small: a second thread per process costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint unit notebooks pages soak clean
+.PHONY: book test lint unit notebooks pages soak environments clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -32,10 +32,16 @@ pages: .venv/ready
 soak: .venv/ready
 	SOAK=1 $(BIN)/python -m pytest tests/test_interruptions.py tests/test_hostile_files.py tests/test_properties.py
 
-.venv/ready: requirements.txt pyproject.toml
+# The oldest, Colab's and the newest versions, each in an environment of its own; `make environments NAMES=oldest` for one.
+environments:
+	$(PYTHON) tests/environments/campaign.py $(NAMES)
+
+.venv/ready: requirements.txt pyproject.toml tests/environments/widgets7.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	rm -rf .venv/widgets7
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/widgets7 --requirement tests/environments/widgets7.txt
 	@touch $@
 
 clean:

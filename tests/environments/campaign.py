@@ -1,0 +1,118 @@
+"""Try the library and the book with other versions of what they need: `make environments`, about half an hour.
+
+For each list of versions beside this file: a fresh environment, the library in it from a wheel (where Colab is played,
+by a chapter's first cell, as there), the library's tests and every chapter. Ends with one line for each.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FOLDER = ROOT / "_build" / "environments"
+NAMES = ("oldest", "colab", "newest")
+SHOWN = ("torch", "numpy", "matplotlib", "pillow", "einops", "ipywidgets", "ipython")
+LEFT_OUT = {
+    "test_pages.py": "it looks at the built book in a browser, and the book is built in the pinned environment",
+    "test_widget_versions.py": "it puts another ipywidgets before the one that is tried here",
+}
+TESTS = ["tests", *(f"--ignore=tests/{file}" for file in LEFT_OUT)]
+CHAPTERS = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "--dist", "loadscope", "book"]
+FROM_WHEEL = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(FOLDER)}
+PLAY_COLAB = 'import sys, types; sys.modules["google.colab"] = types.ModuleType("google.colab")\n'
+
+
+class Failed(Exception):
+    """What went wrong in an environment, in one line."""
+
+
+def run(name: str, step: str, *command: str | Path, **variables: str) -> str:
+    """Run a command from the environment's own folder or the checkout, keep what it says in a file, and return it."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    clean |= {"OMP_NUM_THREADS": "1"} | variables
+    where = ROOT if step in ("tests", "chapters") else FOLDER
+    done = subprocess.run(list(map(str, command)), cwd=where, env=clean, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    log = FOLDER / f"{name}-{step}.log"
+    log.write_text(done.stdout)
+    if done.returncode:
+        raise Failed(f"{step} failed: {summary(done.stdout)}; see {log.relative_to(ROOT)}")
+    return done.stdout
+
+
+def summary(output: str) -> str:
+    """Return the counts of pytest's last line, or whatever the last line is."""
+    last = (output.strip().splitlines() or ["nothing was said"])[-1]
+    return ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|deselected|errors?)", last)) or last
+
+
+def build_wheel() -> None:
+    """Build the library's wheel, from a copy, since a build leaves a folder beside what it builds."""
+    copy = FOLDER / "source"
+    for old in (*FOLDER.glob("sleepedu-*.whl"), copy):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for part in ("sleepedu", "book/runs"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, copy)
+    run("all", "wheel", sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", FOLDER, copy)
+
+
+def install_as_on_colab(name: str, python: Path) -> None:
+    """Let the first cell of a chapter install the library. Raises Failed if it changes anything else."""
+    packages = next(python.parent.parent.glob("lib/python*/site-packages"))
+    (packages / "colab.pth").write_text(PLAY_COLAB)
+    freeze = (python, "-m", "pip", "freeze", "--exclude", "sleepedu")
+    before = run(name, "before", *freeze)
+    chapter = json.loads(next((ROOT / "book").glob("01_*.ipynb")).read_text())
+    (cell,) = (c for c in ("".join(cell["source"]) for cell in chapter["cells"]) if "google.colab" in c)
+    run(name, "cell", python, "-m", "IPython", "-c", cell, **FROM_WHEEL)
+    if run(name, "after", *freeze) != before:
+        raise Failed("a chapter's first cell changed what Colab brings")
+
+
+def attempt(name: str) -> str:
+    """Make one environment, run everything there, and return its versions and counts. Raises Failed."""
+    venv.create(FOLDER / name, clear=True, with_pip=True)
+    python = FOLDER / name / "bin" / "python"
+    pip = (python, "-m", "pip")
+    run(name, "versions", *pip, "install", "--quiet", "--requirement", HERE / f"{name}.txt")
+    if name == "colab":
+        install_as_on_colab(name, python)
+    else:
+        run(name, "library", *pip, "install", "--quiet", "--no-deps", "sleepedu", **FROM_WHEEL)
+    found = "import sleepedu, sys; assert sleepedu.__file__.startswith(sys.prefix), sleepedu.__file__"
+    run(name, "import", python, "-c", found)
+    listed = {p["name"].lower(): p["version"] for p in json.loads(run(name, "list", *pip, "list", "--format", "json"))}
+    print(f"{name}:", ", ".join(f"{package} {listed[package]}" for package in SHOWN), flush=True)
+    pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2")
+    tests = summary(run(name, "tests", *pytest, *TESTS))
+    chapters = summary(run(name, "chapters", *pytest, *CHAPTERS, **(FROM_WHEEL if name == "colab" else {})))
+    return f"tests {tests}; cells of chapters {chapters}; " + ", ".join(f"{p} {listed[p]}" for p in SHOWN)
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - set(NAMES):
+        sys.exit(f"no such environment: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    build_wheel()
+    results = {}
+    for name in names or NAMES:
+        try:
+            results[name] = attempt(name)
+        except Failed as failed:
+            results[name] = f"FAILED, {failed}"
+    for file, reason in LEFT_OUT.items():
+        print(f"left out {file}: {reason}")
+    for name, result in results.items():
+        print(f"{name:7s} Python {sys.version.split()[0]}: {result}")
+    return int(any(result.startswith("FAILED") for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
