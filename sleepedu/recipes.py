@@ -61,7 +61,7 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
         ("math", "laptop"): Recipe(
             task={"quantities": 8, "operations": 4, "digits": 5, "less": False},
             model={"layout": "ag"},
-            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
+            train={"steps": 4500, "batch": 64, "adam_learning_rate": 0.005},
             carry="inject",
         ),
         # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
