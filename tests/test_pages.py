@@ -219,6 +219,23 @@ def test_the_automated_check_finds_barriers_where_there_are_some(browser):
         assert violations(page).keys() == BARRIERS.keys()
 
 
+@pytest.mark.parametrize("menu", ["primary", "secondary"])
+def test_the_menus_of_a_phone_open_by_keyboard(menu, browser):
+    """To the chapters, and within one; what they show passes the automated check."""
+    with opened(browser, CHAPTERS[0], viewport={"width": 400, "height": 900}) as page:
+        prepare_check(page)
+        dialog = page.locator(f"#pst-{menu}-sidebar-modal")
+        assert not dialog.is_visible()
+        press(page, f".bd-header-article .{menu}-toggle", "Enter")
+        assert dialog.locator("nav a:visible").count() > 5
+        for theme in ("light", "dark"):
+            show(page, theme, 400)
+            dialog.locator("nav a:visible").nth(2).hover()
+            assert violations(page) == {}
+        page.keyboard.press("Escape")
+        assert not dialog.is_visible()
+
+
 @pytest.fixture
 def intro(browser):
     """The page with the live model; whatever a test did there, nothing went wrong and nobody else was asked."""

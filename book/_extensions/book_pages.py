@@ -1,4 +1,4 @@
-"""Finish every page: an "Open in Colab" badge on top of each notebook, entries in lists, and no script twice.
+"""Finish every page: an "Open in Colab" badge on each notebook, menus that open, lists with entries, no script twice.
 
 The repository's address comes from the book's configuration.
 """
@@ -8,6 +8,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
+
+
+def leave_header_empty(app: Sphinx, config: Config) -> None:
+    """Keep the theme's search field out of the header, which the book hides.
+
+    With it comes a second pair of menu buttons, and the theme's scripts serve the first it finds: those that are seen,
+    on a phone the only way to the chapters, would do nothing.
+    """
+    config.html_theme_options["navbar_persistent"] = []
 
 
 def add_badge(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
@@ -46,6 +56,7 @@ def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context
 
 
 def setup(app: Sphinx) -> dict:
+    app.connect("config-inited", leave_header_empty)
     app.connect("html-page-context", add_badge)
     app.connect("html-page-context", mark_list_entries)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
