@@ -17,7 +17,7 @@ import ipywidgets
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sleepedu.checks import whole
+from sleepedu import checks
 
 MOST_FRAMES, MOST_BYTES = 40, 300_000
 MOST_SEED = 2**31 - 1
@@ -46,7 +46,7 @@ def explore(
         raise ValueError(f"{len(passes)} x {len(depths)} pictures are too many for a page: {MOST_FRAMES} at most")
     if new_example is not None and not callable(new_example):
         raise ValueError(f"new_example must be a function of a seed, or None, got {new_example!r}")
-    whole("seed", seed, 0, MOST_SEED)
+    checks.whole("seed", seed, least=0, most=MOST_SEED)
     return Explorer(draw, describe, tuple(passes), tuple(depths), names, new_example, seed)
 
 

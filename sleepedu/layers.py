@@ -92,7 +92,7 @@ class FastWeightMixer(nn.Module):
         return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
 
     def write(self, x: Tensor, S: Tensor) -> Tensor:
-        """Return the S after the last token of a whole window x, and compute nothing else."""
+        """Return the S after the last token of a whole window x; what they read is neither scaled nor projected."""
         q, k, v, log_a, b, _ = self.rule_inputs(x, S.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return gated_delta_chunked(q, k, v, log_a, b, S)[1]

@@ -171,7 +171,7 @@ class SleepLM(nn.Module):
         return self._run(len(self.layers), h, S, cache)
 
     def write(self, h: Tensor, S: FastWeights) -> FastWeights:
-        """Run one pass for its S alone, as in the last pass of a sleep, and compute nothing that S can do without.
+        """Run one pass for its S alone, as in the last pass of a sleep, and leave out what follows its last write.
 
         h: (b, l, w) of a whole window; S as from ``empty_fast_weights``.
         """
