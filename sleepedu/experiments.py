@@ -32,7 +32,7 @@ OWN = Path("own_runs")
 class Experiment:
     """One run in words: task x size x model x N x seed.
 
-    task: a name in ``TASKS``. size: "smoke", "laptop" or "paper". model: a name in ``MODELS``. passes: N.
+    task: a name in ``TASKS``. size: one in ``SIZES`` that the task has a recipe for. model: one in ``MODELS``. passes: N.
     carry: as in ``ModelConfig``; "" takes the recipe's. steps, learning_rate: override the recipe's, to try things out;
     0 keeps it.
     Raises ValueError for an unknown name, N < 1, or more than one pass for a model that does not sleep.
@@ -55,6 +55,9 @@ class Experiment:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
+        if (self.task, self.size) not in RECIPES:
+            sizes = ", ".join(size for size in SIZES if (self.task, size) in RECIPES)
+            raise ValueError(f"task {self.task!r} has no size {self.size!r}: use one of {sizes}")
         if self.model != "sleep" and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
         checks.whole("steps", self.steps, least=0)

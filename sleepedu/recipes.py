@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-SIZES = ("smoke", "laptop", "paper")
+SIZES = ("smoke", "laptop", "split", "paper")  # split: as laptop, but what is to be joined lies in several windows
 MODELS = {
     "sleep": "the hybrid of attention and fast weights, sleeping N passes on every window",
     "transformer": "attention only, evicting every window: what is left of the past is nothing",
@@ -35,6 +35,11 @@ RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
         ),
         ("graph", "laptop"): Recipe(
             task={"nodes": 8, "hops": 4, "queries": 8},
+            model={"layout": "ag"},
+            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
+        ),
+        ("graph", "split"): Recipe(
+            task={"nodes": 8, "hops": 4, "queries": 8, "windows": 2},
             model={"layout": "ag"},
             train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
         ),

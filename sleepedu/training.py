@@ -5,6 +5,8 @@ the same data in the same order, and a run that was interrupted goes on exactly 
 ranks share each of these batches among them, and the result is the same to rounding.
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import json
 import math
@@ -16,7 +18,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ def train(
         raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
     distributed.check_batch(config.batch)
     device = model.head.weight.device
+    if device.type == "cpu":
+        keep_freed_memory()
     optimizers = make_optimizers(model, config)
     # A rank's gradients are so many times larger before they are averaged; 2^16 is where torch begins.
     scale = 2.0**16 / distributed.ranks()
@@ -142,7 +145,7 @@ def train(
         compile = False
 
     every = max(1, config.steps // 200)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         progress = Progress(sums=torch.zeros(3))
         checkpoint = None
         if directory is not None:
@@ -199,6 +202,18 @@ def train(
     return history
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that one step frees for the next, instead of handing it back to the system.
+
+    The GNU C library hands large blocks back at once, and the system clears every page anew before it gives it out
+    again: a tenth of the time of a training step at laptop size. With another C library nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # what there is instead, on other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes, as high as every version takes it
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
     if device.type == "cuda":
@@ -206,7 +221,7 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def compiled_blocks(model: SleepLM) -> Iterator[None]:
     """Run the model's passes through torch.compile meanwhile: the same numbers, to rounding, from fewer operations."""
     # What cannot be compiled after all runs as it is. The blocks run many times before gradients are averaged, so
@@ -321,7 +336,7 @@ class Checkpoint:
         self.signal = 0  # the one that came
 
     def __enter__(self) -> "Checkpoint":
-        self._stack = ExitStack()
+        self._stack = contextlib.ExitStack()
         if distributed.is_first():
             self._stack.enter_context(storage.sole_use(self.path.parent))
         if distributed.ranks() == 1 and threading.current_thread() is threading.main_thread():
