@@ -32,7 +32,7 @@ OWN = Path("own_runs")
 class Experiment:
     """One run in words: task x size x model x N x seed.
 
-    task: a name in ``TASKS``. size: one in ``SIZES`` that the task has a recipe for. model: one in ``MODELS``. passes: N.
+    task: a name in ``TASKS``. size: one of ``SIZES`` that the task has. model: a name in ``MODELS``. passes: N.
     carry: as in ``ModelConfig``; "" takes the recipe's. steps, learning_rate: override the recipe's, to try things out;
     0 keeps it.
     Raises ValueError for an unknown name, N < 1, or more than one pass for a model that does not sleep.
