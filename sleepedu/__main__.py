@@ -60,7 +60,8 @@ def train(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
     )
     watch = None if options.quiet else print_progress
-    run = experiments.run(experiment, options.device, options.runs, watch, options.examples, options.compile)
+    how = {"compile": options.compile, "recompute": options.recompute}
+    run = experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)
     if run is None:  # the first rank has the rest to do
         return
     print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
@@ -169,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="with torch.compile; where it pays, when absent"
     )
+    command.add_argument("--recompute", action="store_true", help="much less memory for about a third more time")
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command.set_defaults(command=train)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -146,7 +147,12 @@ def rule(device: torch.device) -> list[Row]:
         if peer:
             difference = (ours() - theirs()).abs().max().item()
             ratio = round(found[name]["ms"] / found["ours"]["ms"], 2)
-            row |= {"peer": name, "theirs": found[name], "ratio": ratio, "largest difference": difference}
+            row |= {
+                "peer": f"{name} {metadata.version(name)}",
+                "theirs": found[name],
+                "ratio": ratio,
+                "largest difference": difference,
+            }
         rows.append(row)
     return rows
 

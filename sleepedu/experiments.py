@@ -196,11 +196,13 @@ def run(
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
     compile: bool | None = None,
+    recompute: bool = False,
 ) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
     compile: as in ``train``; None means where it can and pays, in a run of 1,000 steps or more on a CPU.
+    recompute: as in ``train``.
     Under ``torchrun`` all ranks train together; the first then evaluates and stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
     another process is training the same run; OSError when it cannot be written.
@@ -215,7 +217,7 @@ def run(
                 if store != COMMITTED:
                     Checkpoint.remove(path)  # there is one when the run was killed as it finished
                 return found
-    return train_and_store(experiment, Path(directory) / experiment.name, where, watch, examples, compile)
+    return train_and_store(experiment, Path(directory) / experiment.name, where, watch, examples, compile, recompute)
 
 
 def train_and_store(
@@ -225,6 +227,7 @@ def train_and_store(
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
     compile: bool | None = None,
+    recompute: bool = False,
 ) -> Run | None:
     """Train, evaluate and store a run in the folder ``path``, whatever the stores have; arguments as in ``run``."""
     task = experiment.make_task()
@@ -237,7 +240,7 @@ def train_and_store(
                 stack.enter_context(storage.sole_use(path))
             torch.manual_seed(experiment.seed)
             model = SleepLM(experiment.model_config).to(device)
-            history = train(model, task, experiment.train_config, path, watch, compile)
+            history = train(model, task, experiment.train_config, path, watch, compile, recompute)
             ranks = distributed.ranks()
         if not distributed.is_first():
             return None
@@ -251,7 +254,8 @@ def train_and_store(
             "experiment": asdict(experiment),
             "settings": experiment.settings,
             "table": {str(depth): asdict(accuracy) for depth, accuracy in table.items()},
-            "provenance": {**_provenance(model, history, device, compile and can_compile(device)), "ranks": ranks},
+            "provenance": _provenance(model, history, device)
+            | {"compiled": compile and can_compile(device), "recomputed": recompute, "ranks": ranks},
             "history": asdict(history),
         }
         storage.write(path / "run.json", _sealed(stored))
@@ -360,10 +364,9 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def _provenance(model: SleepLM, history: History, device: torch.device, compiled: bool) -> dict[str, Any]:
+def _provenance(model: SleepLM, history: History, device: torch.device) -> dict[str, Any]:
     return {
         **machine(device),
-        "compiled": compiled,
         "seconds": history.seconds[-1],
         "tokens": history.step[-1] * history.tokens_per_step,
         "parameters": parameter_count(model.parameters()),

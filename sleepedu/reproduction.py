@@ -22,6 +22,7 @@ ALIKE = (
     "threads",
     "ranks",
     "compiled",
+    "recomputed",
     "python",
     "torch",
     "numpy",
@@ -41,8 +42,9 @@ def reproduce(
 ) -> Comparison:
     """Train a stored run again from its settings and compare; what is trained is kept in ``directory``, if any.
 
-    It takes the device, the threads and the compiler's use of the stored run. Raises ValueError where its settings
-    are no longer those of today's recipe, ``directory`` holds the run itself, or its device is not there.
+    It takes the device and the threads of the stored run, and compiles and recomputes as that did. Raises ValueError
+    where its settings are no longer those of today's recipe, ``directory`` holds the run itself, or its device is not
+    there.
     """
     if run.experiment.settings != run.settings:
         raise ValueError(
@@ -60,7 +62,8 @@ def reproduce(
                 again = load(path)
             else:
                 examples = next(iter(run.table.values())).n
-                trained = train_and_store(run.experiment, path, device, watch, examples, made["compiled"])
+                how = {"compile": made["compiled"], "recompute": made.get("recomputed", False)}
+                trained = train_and_store(run.experiment, path, device, watch, examples, **how)
                 assert trained is not None  # only other ranks get none, and there are no others
                 again = trained
             return compare(run, again)
@@ -73,7 +76,8 @@ def compare(run: Run, again: Run) -> Comparison:
     if again.settings != run.settings:
         raise ValueError(f"{again.path} is of a run with other settings: train again in another folder")
     made, now = run.provenance, again.provenance
-    other = [f"{name} {made.get(name)}, now {now.get(name)}" for name in ALIKE if made.get(name) != now.get(name)]
+    was, became = ({name: found.get(name, False) for name in ALIKE} for found in (made, now))
+    other = [f"{name} {was[name]}, now {became[name]}" for name in ALIKE if was[name] != became[name]]
     lines = ["made     " + (f"differently: {'; '.join(other)}" if other else "on the same machine and versions")]
 
     old, new = ({**asdict(r.history), "seconds": None} for r in (run, again))

@@ -88,7 +88,7 @@ def test_a_broken_run_is_one_line(capsys, tmp_path):
 
 
 def test_a_stopped_run_says_that_it_can_go_on(capsys, tmp_path, monkeypatch):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiments, "run", interrupt)
@@ -97,7 +97,8 @@ def test_a_stopped_run_says_that_it_can_go_on(capsys, tmp_path, monkeypatch):
 
 
 def test_train_evaluate_and_results(capsys, tmp_path):
-    assert main([*SMOKE, "--passes", "2", "--runs", str(tmp_path), "--examples", "10", "--device", "cpu"]) == 0
+    how = ["--examples", "10", "--device", "cpu", "--recompute"]
+    assert main([*SMOKE, "--passes", "2", "--runs", str(tmp_path), *how]) == 0
     shown = capsys.readouterr()
     name = "graph-smoke-sleep-N2-4steps-seed0"
     assert name in shown.out and "hops k" in shown.out and "best constant answer" in shown.out

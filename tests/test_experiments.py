@@ -152,6 +152,13 @@ def test_a_finished_run_is_whole(tiny_run, tiny_experiment):
         assert name in tiny_run.provenance
 
 
+def test_a_recomputed_run_says_so_and_learns_the_same(tiny_run, tiny_experiment, tmp_path):
+    frugal = experiments.run(tiny_experiment, "cpu", tmp_path, examples=20, recompute=True)
+    assert frugal.provenance["recomputed"] and not tiny_run.provenance["recomputed"]
+    assert frugal.history.loss == pytest.approx(tiny_run.history.loss, abs=1e-4)
+    assert frugal.settings == tiny_run.settings  # how it was computed is no setting
+
+
 def test_a_loaded_model_scores_what_its_run_says(tiny_run):
     model = tiny_run.load_model()
     assert not model.training

@@ -3,6 +3,9 @@
 import errno
 import itertools
 import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -317,3 +320,25 @@ def test_recomputed_training_gives_the_same_losses(make_model):
     frugal.load_state_dict(plain.state_dict())
     losses = train(plain, TASK, config).loss
     assert train(frugal, TASK, config, recompute=True).loss == pytest.approx(losses, abs=1e-4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library hands memory back like this")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    script = """
+import resource, sys, torch
+from sleepedu.training import keep_freed_memory
+if sys.argv[1:]:
+    keep_freed_memory()
+for step in range(20):
+    if step == 5:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(2**20) for _ in range(8)]  # 4 MiB, or 1,024 pages, each
+    del kept
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    # In processes of their own, as what is set lasts until the end of one.
+    given_back, kept = (
+        int(subprocess.run([sys.executable, "-c", script, *keep], capture_output=True, text=True, check=True).stdout)
+        for keep in ([], ["keep"])
+    )
+    assert kept < 1024 < given_back / 15, (kept, given_back)
