@@ -28,9 +28,11 @@ notebooks: .venv/ready
 pages: .venv/ready
 	$(BIN)/python -m pytest tests/test_pages.py
 
-# The campaigns of `make test`, many times as long: kills, damaged files, random input. They end with what was tried.
+# The campaigns of `make test`, many times as long: kills, damaged files, random input, every stored run measured anew, and
+# all that `make environments` does. They end with what was tried.
+CAMPAIGNS := interruptions hostile_files properties experiments environments
 soak: .venv/ready
-	SOAK=1 $(BIN)/python -m pytest tests/test_interruptions.py tests/test_hostile_files.py tests/test_properties.py
+	SOAK=1 $(BIN)/python -m pytest $(CAMPAIGNS:%=tests/test_%.py)
 
 # The oldest, Colab's and the newest versions, each in an environment of its own; `make environments NAMES=oldest` for one.
 environments:

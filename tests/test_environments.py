@@ -1,9 +1,12 @@
-"""The lists of versions that `make environments` tries say what pyproject.toml says."""
+"""The lists of versions that `make environments` tries say what pyproject.toml says; `make soak` tries them too."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import campaigns
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,3 +48,13 @@ def test_colabs_versions_are_whole_and_inside_the_bounds(ranges):
             bound = [int(part) for part in bound.split(".")]
             assert version >= bound if sign == ">=" else version < bound
     assert listed("widgets7")["ipywidgets"] == colab["ipywidgets"]
+
+
+@pytest.mark.skipif(not campaigns.SOAK, reason="an hour: make soak, or make environments")
+def test_all_tests_and_chapters_pass_with_other_versions(capfd):
+    done = subprocess.run([sys.executable, LISTS / "campaign.py"], cwd=ROOT)
+    shown = capfd.readouterr().out
+    lines = [line for line in shown.splitlines() if re.match(r"\w+ *: tests ", line)]
+    for line in lines:
+        campaigns.COUNTS[f"list of versions: {line}"] += 1
+    assert done.returncode == 0 and len(lines) == 3, shown

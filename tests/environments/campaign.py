@@ -1,7 +1,8 @@
-"""Try the library and the book with other versions of what they need: `make environments`, about half an hour.
+"""Try the library and the book with other versions of what they need: `make environments`, about an hour.
 
 For each list of versions beside this file: a fresh environment, the library in it from a wheel (where Colab is played,
-by a chapter's first cell, as there), the library's tests and every chapter. Ends with one line for each.
+by a chapter's first cell, as there), the library's tests and every chapter. Ends with one line for each. An environment
+takes the Python that goes with its versions where there is one, else that which runs this.
 """
 
 import json
@@ -10,13 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FOLDER = ROOT / "_build" / "environments"
-NAMES = ("oldest", "colab", "newest")
+PYTHONS = {"oldest": ("python3.11",), "colab": ("python3.13", "python3.12"), "newest": ("python3.13", "python3.12")}
 SHOWN = ("torch", "numpy", "matplotlib", "pillow", "einops", "ipywidgets", "ipython")
 LEFT_OUT = {
     "test_pages.py": "it looks at the built book in a browser, and the book is built in the pinned environment",
@@ -34,7 +34,7 @@ class Failed(Exception):
 
 def run(name: str, step: str, *command: str | Path, **variables: str) -> str:
     """Run a command from the environment's own folder or the checkout, keep what it says in a file, and return it."""
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SOAK")}
     clean |= {"OMP_NUM_THREADS": "1"} | variables
     where = ROOT if step in ("tests", "chapters") else FOLDER
     done = subprocess.run(list(map(str, command)), cwd=where, env=clean, stdout=-1, stderr=subprocess.STDOUT, text=True)
@@ -76,9 +76,17 @@ def install_as_on_colab(name: str, python: Path) -> None:
         raise Failed("a chapter's first cell changed what Colab brings")
 
 
+def find_python(name: str) -> str:
+    """Return the interpreter for an environment."""
+    for path in filter(None, map(shutil.which, PYTHONS[name])):
+        if subprocess.run([path, "-c", "import ensurepip"], capture_output=True).returncode == 0:
+            return path
+    return sys.executable
+
+
 def attempt(name: str) -> str:
     """Make one environment, run everything there, and return its versions and counts. Raises Failed."""
-    venv.create(FOLDER / name, clear=True, with_pip=True)
+    run(name, "environment", find_python(name), "-m", "venv", "--clear", FOLDER / name)
     python = FOLDER / name / "bin" / "python"
     pip = (python, "-m", "pip")
     run(name, "versions", *pip, "install", "--quiet", "--requirement", HERE / f"{name}.txt")
@@ -89,20 +97,22 @@ def attempt(name: str) -> str:
     found = "import sleepedu, sys; assert sleepedu.__file__.startswith(sys.prefix), sleepedu.__file__"
     run(name, "import", python, "-c", found)
     listed = {p["name"].lower(): p["version"] for p in json.loads(run(name, "list", *pip, "list", "--format", "json"))}
-    print(f"{name}:", ", ".join(f"{package} {listed[package]}" for package in SHOWN), flush=True)
+    version = run(name, "python", python, "--version").strip()
+    versions = ", ".join([version, *(f"{package} {listed[package]}" for package in SHOWN)])
+    print(f"{name}: {versions}", flush=True)
     pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2")
     tests = summary(run(name, "tests", *pytest, *TESTS))
     chapters = summary(run(name, "chapters", *pytest, *CHAPTERS, **(FROM_WHEEL if name == "colab" else {})))
-    return f"tests {tests}; cells of chapters {chapters}; " + ", ".join(f"{p} {listed[p]}" for p in SHOWN)
+    return f"tests {tests}; cells of chapters {chapters}; {versions}"
 
 
 def main(names: list[str]) -> int:
-    if unknown := set(names) - set(NAMES):
-        sys.exit(f"no such environment: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if unknown := set(names) - set(PYTHONS):
+        sys.exit(f"no such environment: {', '.join(sorted(unknown))}; there are {', '.join(PYTHONS)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     build_wheel()
     results = {}
-    for name in names or NAMES:
+    for name in names or PYTHONS:
         try:
             results[name] = attempt(name)
         except Failed as failed:
@@ -110,7 +120,7 @@ def main(names: list[str]) -> int:
     for file, reason in LEFT_OUT.items():
         print(f"left out {file}: {reason}")
     for name, result in results.items():
-        print(f"{name:7s} Python {sys.version.split()[0]}: {result}")
+        print(f"{name:7s}: {result}")
     return int(any(result.startswith("FAILED") for result in results.values()))
 
 
