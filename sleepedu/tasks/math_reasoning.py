@@ -27,6 +27,7 @@ PLACES = (
 )
 PAIRED = 20  # colours that go with the places, for names of two words
 GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
+BITS = 62  # of an int64 that can be set and shifted without touching its sign
 RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, and one step down from 0 is {last}."
 
 
@@ -303,13 +304,16 @@ class _Graph:
         one, other = self.any_of(split), self.any_of((self.operations - 1 - split).clamp(min=0))
         wanted = torch.rand(batch, quantities, generator=self.generator) < 0.5
         self.second = other
-        behind = torch.eye(quantities, task.given, dtype=torch.bool).repeat(batch, 1, 1)  # the given dials behind each
+        # The given dials behind each dial, a bit for each: as bools they would take most of the time.
+        given = torch.arange(task.given)
+        behind = torch.zeros(batch, quantities, -(-task.given // BITS), dtype=torch.long)
+        behind[:, given, given // BITS] = 1 << given % BITS
         for level in range(1, task.operations + 1):
-            here, apart = self.operations == level, ~(behind[row, one] & behind[row, other]).any(dim=-1)
+            here, apart = self.operations == level, ((behind[row, one] & behind[row, other]) == 0).all(dim=-1)
             plus = here & wanted & apart
             self.form[plus] = PLUS
             self.first = torch.where(plus, one, self.first)
-            sources = behind[row, self.first] | (behind[row, other] & plus[..., None])
+            sources = behind[row, self.first] | behind[row, other].where(plus[..., None], 0)
             behind = torch.where(here[..., None], sources, behind)
 
 
