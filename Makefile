@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The models here are small: a second thread per process costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint unit notebooks pages soak environments clean
+.PHONY: book test lint unit coverage notebooks pages soak environments clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -21,6 +21,9 @@ lint: .venv/ready
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2
+
+coverage: .venv/ready
+	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2 --cov --cov-report=term
 
 notebooks: .venv/ready
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadscope book

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, at tiny sizes; how long anything takes is nobody's business here."""
 
+import contextlib
 import json
 import time
 
@@ -19,7 +20,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "READ_BEFORE", (100, 300))
     monkeypatch.setattr(benchmark, "PASSES", (1, 2))
     monkeypatch.setattr(benchmark, "can_compile", lambda device: False)
-    recipes = {key: recipe for key, recipe in benchmark.RECIPES.items() if key == ("graph", "smoke")}
+    recipes = {
+        key: recipe for key, recipe in benchmark.RECIPES.items() if key[0] == "graph" and key[1] in ("smoke", "paper")
+    }
     monkeypatch.setattr(benchmark, "RECIPES", recipes)
 
 
@@ -52,6 +55,20 @@ def test_all_parts_give_rows_with_times(tiny):
     assert figures["step"][1]["operations"] > 2 * figures["step"][0]["operations"]
     for part in ("sleep", "answer"):
         assert all(0 < row["low"] <= row["ms"] <= row["high"] for row in figures[part])
+
+
+def test_a_step_is_timed_compiled_too_where_that_can_be(tiny, monkeypatch):
+    compiled = []
+
+    @contextlib.contextmanager
+    def quickly(model):
+        compiled.append(model)
+        yield
+
+    monkeypatch.setattr(benchmark, "can_compile", lambda device: True)
+    monkeypatch.setattr(benchmark, "compiled_blocks", quickly)
+    rows = benchmark.step(CPU)
+    assert len(compiled) == len(rows) == 2 and all("compiled" in row and "plain" in row for row in rows)
 
 
 def test_a_sleeper_holds_the_same_after_any_stream_and_a_cache_grows_with_it(tiny):

@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line and exit code 2 for whatever is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -154,3 +155,21 @@ def test_as_a_program():
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("sleepedu: there is no run 'no-such-run'")
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sleepedu", "results"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    def fail(*arguments, **options):
+        raise AssertionError("a mistake in the library")
+
+    monkeypatch.setattr(experiments, "run", fail)
+    with pytest.raises(AssertionError, match="a mistake in the library"):
+        main(SMOKE)

@@ -227,3 +227,12 @@ def test_an_error_in_one_rank_ends_them_all(tmp_path):
     )
     done = torchrun(2, program, *SMOKE, "--quiet", "--runs", tmp_path)
     assert_fails(done, "the disk of rank 1 is gone")
+
+
+def test_a_rank_that_can_ask_nobody_says_itself_why_it_fails(monkeypatch):
+    def refuse():
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(distributed, "_store", refuse)
+    assert distributed.first_to_fail()

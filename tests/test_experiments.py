@@ -1,6 +1,7 @@
 """The run store: what is stored, found again, refused; and that the committed runs are what they say."""
 
 import json
+import platform
 import random
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from campaigns import COUNTS, size
 
-from sleepedu import experiments
+from sleepedu import experiments, provenance
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
 from sleepedu.model import CARRIES, SleepLM
@@ -328,3 +329,13 @@ def test_who_evicts_what_it_read_knows_no_more_than_the_best_guess():
 def test_a_device_that_is_not_there_is_refused_even_where_a_stored_run_needs_none():
     with pytest.raises(ValueError, match="'cuda' was asked for"):
         experiments.run(experiments.Experiment("graph", passes=1), "cuda")
+
+
+def test_a_machine_that_tells_nothing_of_itself_has_a_provenance_too(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("not on this system")
+
+    monkeypatch.setattr(provenance.Path, "read_text", refuse)
+    monkeypatch.setattr(provenance.subprocess, "run", refuse)
+    made = provenance.machine(torch.device("cpu"))
+    assert made["processor"] == (platform.processor() or platform.machine()) and made["commit"] == ""

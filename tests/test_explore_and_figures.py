@@ -424,3 +424,9 @@ def test_the_style_stays_in_the_figure():
         assert axes.shape == (2, 2)
     assert dict(plt.rcParams) == before
     assert figure.get_size_inches().tolist() == [6.4, 3.8]
+
+
+def test_three_panels_of_shares_leave_the_fourth_place_empty():
+    panels = {title: {"a row": [0.25, 0.5]} for title in "ABC"}
+    figure = figures.shares(panels, (1, 2), "pass")
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False]

@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or started twice: it goes on where it stood and ends as if nothing had happened."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -185,3 +186,12 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(make_model, tmp_path, mon
     storage.write(file, storage.pack(state))
     train(model, TASK, CONFIG, tmp_path)
     assert_same(model, whole)
+
+
+@pytest.mark.skipif(storage.fcntl is None, reason="there are no such locks here")
+def test_where_there_are_no_locks_training_goes_on_without(make_model, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", refuse)
+    assert train(make_model(), TASK, CONFIG, tmp_path).step[-1] == CONFIG.steps

@@ -72,3 +72,9 @@ def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
     with pytest.raises(ValueError, match="is of a run with other settings"):
         reproduction.compare(replace(tiny_run, settings=settings), tiny_run)
+
+
+def test_what_was_trained_again_before_is_taken(tiny_run, tmp_path, monkeypatch):
+    assert reproduction.reproduce(tiny_run, tmp_path).reproduced
+    monkeypatch.setattr(reproduction, "train_and_store", None)
+    assert reproduction.reproduce(tiny_run, tmp_path).reproduced

@@ -551,3 +551,9 @@ def test_a_transformer_that_keeps_its_cache_does_not_sleep(make_model):
         Session(model, window=8, passes=1)
     with pytest.raises(ValueError, match="passes must be 1, got 2"):
         run_episode(model, Episode(tokens[None], tokens, tokens, tokens), passes=2)
+
+
+def test_a_prompt_has_to_ask_something(make_model):
+    session = Session(make_model("ag"), window=4, passes=1)
+    with pytest.raises(ValueError, match="a prompt must have a token at least"):
+        session.answer(torch.zeros(1, 0, dtype=torch.long))

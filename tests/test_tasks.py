@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from sleepedu.tasks import TASKS, UNSCORED, CellularAutomaton, Episode, GraphRetrieval
+from sleepedu.tasks import TASKS, UNSCORED, CellularAutomaton, Episode, GraphRetrieval, Task
 from sleepedu.tasks.cellular_automaton import next_row, space_time
 
 
@@ -409,3 +409,9 @@ def test_wrong_automaton_settings_are_named(settings):
     with pytest.raises(ValueError) as error:
         CellularAutomaton(**settings)
     assert name in str(error.value) and str(value) in str(error.value)
+
+
+def test_a_task_without_a_picture_says_what_there_is_instead():
+    episode = GraphRetrieval().sample(1, torch.Generator().manual_seed(0))
+    with pytest.raises(NotImplementedError, match=r"the graph task has no picture: use text\(\)"):
+        Task.draw(GraphRetrieval(), episode)
