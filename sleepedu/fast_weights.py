@@ -227,8 +227,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor)
         raise ValueError(f"q and v must be (batch, heads, length, size), got {tuple(q.shape)} and {tuple(v.shape)}")
     batch, heads, length, d_k = q.shape
     d_v = v.shape[-1]
-    if length == 0:
-        raise ValueError("q, k and v hold no token: length must be at least 1")
+    if not heads or not length:
+        raise ValueError(f"q, k and v need a head and a token at least, got {heads} heads and {length} tokens")
     wanted = {
         "k": (k, (batch, heads, length, d_k)),
         "v": (v, (batch, heads, length, d_v)),

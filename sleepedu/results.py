@@ -5,6 +5,7 @@ from collections import defaultdict
 from sleepedu.evaluation import Table, across_seeds
 from sleepedu.experiments import Run
 from sleepedu.recipes import MODELS
+from sleepedu.tasks import Task
 
 LABELS = {
     "transformer": "transformer",
@@ -49,7 +50,7 @@ def lines(runs: list[Run]) -> list[str]:
     """Return the table as text for a terminal: runs that differ in their seed in one line, with all their names."""
     shown = []
     for (task, size), models in grouped(runs).items():
-        shown += ["", f"{task}, {size}: accuracy by {_depth_name(models)}"]
+        shown += ["", f"{task}, {size}: accuracy by {_task(models).depth_name}"]
         for group in models.values():
             by_depth = "  ".join(f"{depth}: {a.accuracy:.3f}" for depth, a in _mean(group).items())
             name = group[0].name + "".join(f",{run.experiment.seed}" for run in group[1:])
@@ -60,35 +61,35 @@ def lines(runs: list[Run]) -> list[str]:
 def markdown(runs: list[Run]) -> str:
     """Return the table as markdown, one table a task and size, for the book's page of results."""
     parts = []
-    for (task, size), models in grouped(runs).items():
-        tables = {name: _mean(group) for name, group in models.items()}
+    for (name, size), models in grouped(runs).items():
+        task = _task(models)
+        tables = {model: _mean(group) for model, group in models.items()}
         depths = list(next(iter(tables.values())))
         rows = [
             ["model", "seeds", "steps", "million tokens", "minutes", *(str(depth) for depth in depths)],
             [":--"] + ["--:"] * (len(depths) + 4),
         ]
-        for name, group in models.items():
+        for model, group in models.items():
             cost = [run.provenance for run in group]
             rows.append(
                 [
-                    name,
+                    model,
                     str(len(group)),
                     f"{group[0].settings['train']['steps']:,}",
                     f"{cost[0]['tokens'] / 1e6:.1f}",
                     _range([made["seconds"] / 60 for made in cost]),
                     *(
                         f"{a.accuracy:.3f} <br> <small style='white-space: nowrap'>{a.low:.2f}–{a.high:.2f}</small>"
-                        for a in tables[name].values()
+                        for a in tables[model].values()
                     ),
                 ]
             )
         constants = [max(table[depth].majority for table in tables.values()) for depth in depths]
         rows.append(["best constant answer", "", "", "", "", *(f"{share:.3f}" for share in constants)])
-        floor = next(iter(models.values()))[0].make_task().floor
-        if floor is not None:
-            rows.append(["best guess without reading", "", "", "", "", *[f"{floor:.3f}"] * len(depths)])
+        if task.floor is not None:
+            rows.append(["best guess without reading", "", "", "", "", *[f"{task.floor:.3f}"] * len(depths)])
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        parts.append(f"## {task}, {size}\n\nShare of right answers by {_depth_name(models)}.\n\n{table}\n")
+        parts.append(f"## {name}, {size}\n\nShare of right answers by {task.depth_name}.\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -101,5 +102,5 @@ def _range(minutes: list[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _depth_name(models: dict[str, list[Run]]) -> str:
-    return next(iter(models.values()))[0].make_task().depth_name
+def _task(models: dict[str, list[Run]]) -> Task:
+    return next(iter(models.values()))[0].make_task()

@@ -143,9 +143,10 @@ def test_other_device_is_named(wrong):
         gated_delta_chunked(**inputs)
 
 
-def test_zero_length_is_refused():
-    with pytest.raises(ValueError, match="length must be at least 1"):
-        gated_delta_chunked(*make_inputs(1, 1, 0, 2, 2))
+@pytest.mark.parametrize("heads, length", [(1, 0), (0, 3)])
+def test_no_token_and_no_head_are_refused(heads, length):
+    with pytest.raises(ValueError, match=f"got {heads} heads and {length} tokens"):
+        gated_delta_chunked(*make_inputs(1, heads, length, 2, 2))
 
 
 @pytest.mark.parametrize("chunk", [0, -3])
