@@ -187,7 +187,8 @@ def torchrun(ranks, *program):
 
 def assert_fails(done, message):
     """Assert that the program failed on every rank, and that one of them said why in one line."""
-    assert done.returncode != 0 and done.stdout == ""
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # so older versions greet peers
+    assert done.returncode != 0 and said == []
     assert [line for line in done.stderr.splitlines() if line.startswith("sleepedu: ")] == [f"sleepedu: {message}"]
     assert "exitcode  : 2" in done.stderr
     assert done.stderr.count("Traceback") == 1, "torchrun's own, and none of a rank"
