@@ -195,3 +195,15 @@ def test_where_there_are_no_locks_training_goes_on_without(make_model, tmp_path,
 
     monkeypatch.setattr(storage.fcntl, "flock", refuse)
     assert train(make_model(), TASK, CONFIG, tmp_path).step[-1] == CONFIG.steps
+
+
+def test_a_signal_after_the_last_step_is_delivered_at_the_end(make_model, tmp_path):
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with Checkpoint(tmp_path, make_model(), [], None, TASK, CONFIG):
+            signal.raise_signal(signal.SIGTERM)
+            assert came == []
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
