@@ -310,7 +310,7 @@ def test_a_committed_run_scores_the_same_on_other_examples(run):
     assert list(again) == list(run.table)
     for depth, found in again.items():
         stored = run.table[depth]
-        # In the soak, two of four hundred pairs of 95% intervals miss each other by chance; none should by half its reach.
+        # In the soak two of four hundred pairs of 95% intervals miss by chance; none should by half its reach.
         chance = size(0, 1) * (found.high - found.low + stored.high - stored.low) / 4
         assert found.low - chance <= stored.high and stored.low - chance <= found.high, f"depth {depth}"
         COUNTS["accuracies measured again"] += 1
