@@ -1,7 +1,7 @@
 """The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench | export-live``.
 
-Wrong input gives one line on stderr and exit code 2, a run that is not reproduced exit code 1; an interrupted training
-run resumes with the same command.
+Wrong input gives one line on stderr and exit code 2, a run that is not reproduced, or that scores differently on other
+examples, exit code 1; an interrupted training run resumes with the same command.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 from sleepedu import benchmark, checks, distributed, experiments, live, probes, reproduction
 from sleepedu import results as tables
-from sleepedu.evaluation import Table, accuracy_by_depth
+from sleepedu.evaluation import Table, accuracy_by_depth, differ
 from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
 from sleepedu.training import print_progress
@@ -68,16 +68,38 @@ def train(options: argparse.Namespace) -> None:
     _print_table(run.table, run.make_task().depth_name)
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    run = experiments.load(options.run)
-    task = run.make_task()
-    table = accuracy_by_depth(
-        run.load_model(options.device), task, run.settings["train"]["passes"], options.examples, options.seed
-    )
+def evaluate(options: argparse.Namespace) -> int:
+    # All runs are looked for before one is measured.
+    runs = [experiments.load(run) for run in options.run] or experiments.stored_runs()
+    comparisons = sum(len(run.table) for run in runs)
+    rows, apart = [], 0
+    for run in runs:
+        task, passes = run.make_task(), run.settings["train"]["passes"]
+        table = accuracy_by_depth(run.load_model(options.device), task, passes, options.examples, options.seed)
+        differs = {depth: differ(found, run.table[depth], comparisons) for depth, found in table.items()}
+        apart += sum(differs.values())
+        rows.append(
+            {
+                **run.row(),
+                "stored": _rows(run.table),
+                "seed_of_examples": options.seed,
+                "depths": _rows(table),
+                "differs": [depth for depth in table if differs[depth]],
+            }
+        )
+        if not options.json:
+            notes = {d: f"{run.table[d].accuracy:6.3f}{'  differs' if differs[d] else ''}" for d in table}
+            print(run.name)
+            _print_table(table, task.depth_name, {"stored": notes})
+            sys.stdout.flush()
     if options.json:
-        print(json.dumps({**run.row(), "seed_of_examples": options.seed, "depths": _rows(table)}, indent=1))
+        print(json.dumps(rows if len(rows) > 1 else rows[0], indent=1))
     else:
-        _print_table(table, task.depth_name)
+        print(
+            f"{apart or 'none'} of {comparisons} accuracies on examples of seed {options.seed} "
+            f"{'differs' if apart < 2 else 'differ'} from the stored by more than chance explains"
+        )
+    return 1 if apart else 0
 
 
 def results(options: argparse.Namespace) -> None:
@@ -130,10 +152,13 @@ def _rows(table: Table) -> dict[str, dict]:
     return {str(depth): asdict(accuracy) for depth, accuracy in table.items()}
 
 
-def _print_table(table: Table, depth_name: str) -> None:
-    print(f"{depth_name:>16s}  accuracy  95% interval    best constant answer")
+def _print_table(table: Table, depth_name: str, more: dict[str, dict[int, str]] | None = None) -> None:
+    """Print the table of a run, with further columns: their names, and a text for every depth."""
+    more = more or {}
+    print(f"{depth_name:>16s}  accuracy  95% interval    best constant answer", *more, sep="  ")
     for depth, a in table.items():
-        print(f"{depth:16d}  {a.accuracy:8.3f}  {a.low:.3f} - {a.high:.3f}   {a.majority:.3f}")
+        told = f"{depth:16d}  {a.accuracy:8.3f}  {a.low:.3f} - {a.high:.3f}   {a.majority:<20.3f}"
+        print(told.rstrip() if not more else told, *(column[depth] for column in more.values()), sep="  ")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command.set_defaults(command=train)
 
-    command = commands.add_parser("evaluate", help="measure a stored run on fresh examples")
-    command.add_argument("run", help="a run's name or folder")
+    command = commands.add_parser("evaluate", help="measure stored runs on fresh examples and compare")
+    command.add_argument("run", nargs="*", help="a run's name or folder, or several; the committed ones when absent")
     command.add_argument("--seed", type=int, default=1, help="of the examples")
     command.add_argument("--examples", type=int, default=2000, help="at every depth")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")

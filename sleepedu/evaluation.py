@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 
@@ -93,13 +94,26 @@ def _is_answer(episode: Episode, answer: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(episode.asked).masked_scatter(episode.asked, episode.targets[episode.asked] == answers)
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval for a share observed on n independent examples."""
-    centre = share + Z95**2 / (2 * n)
-    reach = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
+def wilson_interval(share: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return Wilson's interval for a share observed on n independent examples: of 95%, or of z standard deviations."""
+    centre = share + z**2 / (2 * n)
+    reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
+    scale = 1 + z**2 / n
     # At the ends the two terms cancel, but for rounding, which must not leave the share itself outside.
     return min(share, max(0.0, (centre - reach) / scale)), max(share, min(1.0, (centre + reach) / scale))
+
+
+def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
+    """Return whether two accuracies, measured on independent examples, are further apart than chance explains.
+
+    That is, whether Newcombe's interval for their difference leaves out 0. comparisons: how many pairs are looked at;
+    with probability 95% none of so many pairs of equal models differs (Bonferroni).
+    """
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * comparisons))
+    more, less = (one, other) if one.accuracy >= other.accuracy else (other, one)
+    low, _ = wilson_interval(more.accuracy, more.n, z)
+    _, high = wilson_interval(less.accuracy, less.n, z)
+    return more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy)
 
 
 def across_seeds(tables: list[Table]) -> Table:

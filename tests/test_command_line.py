@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--threads", "-1"], "threads"),
         ([*SMOKE, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["evaluate", "no-such-run"], "there is no run 'no-such-run'"),
-        (["evaluate"], "run"),
+        (["evaluate", "graph-laptop-sleep-N1-seed0", "no-such-run"], "there is no run 'no-such-run'"),
         (["results", "--runs", "/no/such/folder"], "/no/such/folder"),
         (["export-live", "--runs", "/no/such/folder"], "there is no run '/no/such/folder/graph-laptop-sleep-N1-seed0'"),
     ],
@@ -130,12 +131,37 @@ def test_train_evaluate_and_results(capsys, tmp_path):
     command = ["evaluate", str(tmp_path / name), "--examples", "30", "--seed", "5", "--device", "cpu"]
     assert main([*command, "--json"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
-    assert set(evaluated) == set(row) | {"seed_of_examples"}
+    assert set(evaluated) == set(row) | {"seed_of_examples", "stored", "differs"}
+    assert evaluated["stored"] == row["depths"] and evaluated["differs"] == []
     assert evaluated["seed_of_examples"] == 5 and evaluated["depths"]["3"]["n"] == 30
 
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert f"{evaluated['depths']['3']['accuracy']:.3f}" in shown and "hops k" in shown
+    assert "none of 3 accuracies on examples of seed 5 differs" in shown
+
+
+def test_a_run_that_scores_otherwise_than_is_stored_is_told(capsys, monkeypatch):
+    good, bad = (experiments.load(f"graph-laptop-sleep-N{passes}-seed0") for passes in (4, 1))
+    bad = replace(bad, table={**bad.table, 2: replace(bad.table[2], accuracy=1.0)})
+    monkeypatch.setattr(experiments, "load", {"good": good, "bad": bad}.__getitem__)
+    command = ["evaluate", "bad", "good", "--examples", "50"]
+    assert main(command) == 1
+    shown = capsys.readouterr().out
+    (told,) = [line for line in shown.splitlines() if line.endswith("1.000  differs")]
+    assert told.split()[0] == "2"
+    assert "1 of 8 accuracies on examples of seed 1 differs from the stored" in shown
+
+    assert main([*command, "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["differs"] == [2] and second["differs"] == [] and second["run"] == good.name
+
+
+def test_evaluate_takes_the_committed_runs_when_none_is_named(capsys, monkeypatch):
+    stored = experiments.stored_runs()[:2]
+    monkeypatch.setattr(experiments, "stored_runs", lambda: stored)
+    assert main(["evaluate", "--examples", "2", "--json"]) in (0, 1)  # of two examples nothing can be told
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == [run.name for run in stored]
 
 
 def test_progress_is_shown_unless_quiet(capsys, tmp_path):

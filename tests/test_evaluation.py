@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sleepedu import evaluation
-from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, wilson_interval
+from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, differ, wilson_interval
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 
 GRAPH = GraphRetrieval(nodes=4, hops=3, queries=2)
@@ -29,6 +29,38 @@ ROW = CellularAutomaton(cells=5, steps=(1, 2))
 )
 def test_wilson_interval(share, n, low, high):
     assert wilson_interval(share, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def measured(right, n):
+    return Accuracy(right / n, *wilson_interval(right / n, n), n)
+
+
+@pytest.mark.parametrize(
+    "one, other, apart",
+    [  # the first four of Newcombe 1998 (Statistics in Medicine 17, 873-890), table II, method 10
+        ((56, 70), (48, 80), True),  # 0.0524 to 0.3339
+        ((9, 10), (3, 10), True),  # 0.1705 to 0.8090
+        ((5, 56), (0, 29), False),  # -0.0381 to 0.1926
+        ((10, 10), (0, 20), True),  # 0.6791 to 1
+        ((1000, 2000), (1000, 2000), False),
+        ((2000, 2000), (2000, 2000), False),
+    ],
+)
+def test_what_differs_by_more_than_chance_explains(one, other, apart):
+    assert differ(measured(*one), measured(*other)) is differ(measured(*other), measured(*one)) is apart
+
+
+def test_many_pairs_of_equal_models_are_told_apart_once_in_twenty_times():
+    times, pairs, n = 300, 40, 500
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = torch.distributions.Binomial(n, torch.full((2, times, pairs), 0.8)).sample().tolist()
+    alarms = sum(
+        any(differ(measured(a, n), measured(b, n), pairs) for a, b in zip(*pair, strict=True))
+        for pair in zip(first, second, strict=True)
+    )
+    assert alarms <= 27  # 15 expected; more than 27 in one of a thousand draws
+    assert differ(measured(400, n), measured(340, n), pairs)
 
 
 def cheat(monkeypatch, is_right):

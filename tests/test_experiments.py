@@ -11,7 +11,7 @@ import torch
 from campaigns import COUNTS, size
 
 from sleepedu import experiments, provenance
-from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.evaluation import accuracy_by_depth, differ
 from sleepedu.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
 from sleepedu.model import CARRIES, SleepLM
 from sleepedu.sleep import run_episode
@@ -302,17 +302,16 @@ def test_a_committed_run_loads_and_is_of_todays_recipe(run):
     assert run.name == run.experiment.name
 
 
-@pytest.mark.parametrize(
-    "run", random.Random(0).sample(COMMITTED, min(size(6, 10**6), len(COMMITTED))), ids=lambda r: r.name
-)
+MEASURED_AGAIN = random.Random(0).sample(COMMITTED, min(size(6, 10**6), len(COMMITTED)))
+
+
+@pytest.mark.parametrize("run", MEASURED_AGAIN, ids=lambda run: run.name)
 def test_a_committed_run_scores_the_same_on_other_examples(run):
-    again = accuracy_by_depth(run.load_model(), run.make_task(), run.experiment.passes, size(300, 2000), seed=12_345)
+    again = accuracy_by_depth(run.load_model(), run.make_task(), run.experiment.passes, size(400, 2000), seed=12_345)
     assert list(again) == list(run.table)
+    comparisons = sum(len(run.table) for run in MEASURED_AGAIN)
     for depth, found in again.items():
-        stored = run.table[depth]
-        # In the soak two of four hundred pairs of 95% intervals miss by chance; none should by half its reach.
-        chance = size(0, 1) * (found.high - found.low + stored.high - stored.low) / 4
-        assert found.low - chance <= stored.high and stored.low - chance <= found.high, f"depth {depth}"
+        assert not differ(found, run.table[depth], comparisons), f"depth {depth}"
         COUNTS["accuracies measured again"] += 1
 
 
