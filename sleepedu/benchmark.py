@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from sleepedu import kernel
 from sleepedu.experiments import Experiment
 from sleepedu.fast_weights import gated_delta_chunked
+from sleepedu.kernel import gated_delta_fast
 from sleepedu.layers import WindowCache
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
 from sleepedu.provenance import machine
@@ -92,11 +94,12 @@ def alternately(
 def count_operations(function: Callable[[], object]) -> int:
     """Return the floating-point operations of a call's matrix products, a multiplication and an addition apart.
 
-    Triangular solves and attention count too, attention with its whole square; elementwise operations do not.
+    Triangular solves and attention count too, attention with its whole square; elementwise operations do not. The rule
+    is run in chunks meanwhile, because those are products.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: _solve})
     counter.flop_registry |= {left_out: flop_registry[like] for left_out, like in _COUNTED_LIKE.items()}
-    with counter:
+    with kernel.without(), counter:
         function()
     return counter.get_total_flops()
 
@@ -128,10 +131,10 @@ def rule(device: torch.device) -> list[Row]:
         S, dS = torch.zeros(2, batch, heads, size, size, device=device)
         given = [tensor.requires_grad_() for tensor in (q, k, v, log_a, b, S)]
 
-        def ours(given=given, do=do, dS=dS) -> Tensor:
+        def ours(rule=gated_delta_fast, given=given, do=do, dS=dS) -> Tensor:
             *tokens, S = given
             q, k, v, log_a, b = (x.transpose(1, 2) for x in tokens)
-            o, S = gated_delta_chunked(q, k, v, log_a, b, S)
+            o, S = rule(q, k, v, log_a, b, S)
             torch.autograd.grad((o, S), given, (do.transpose(1, 2), dS))
             return o.transpose(1, 2)
 
@@ -142,8 +145,9 @@ def rule(device: torch.device) -> list[Row]:
             return o * given[0].shape[-1] ** 0.5
 
         row: Row = {"batch": batch, "heads": heads, "length": length, "size": size}
-        found = alternately({"ours": ours} | ({name: theirs} if peer else {}), device)
-        row["ours"] = found["ours"]
+        ways = {"ours": ours, "chunked": partial(ours, gated_delta_chunked)}
+        found = alternately(ways | ({name: theirs} if peer else {}), device)
+        row |= {way: found[way] for way in ways}
         if peer:
             difference = (ours() - theirs()).abs().max().item()
             ratio = round(found[name]["ms"] / found["ours"]["ms"], 2)

@@ -89,7 +89,7 @@ def gated_delta_chunked(
     Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``, the most tokens that are taken at a
     time. Raises ValueError for shapes or devices that do not fit together, or a chunk below 1.
     """
-    _check(q, k, v, log_a, b, S)
+    check_inputs(q, k, v, log_a, b, S)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     return _Chunks.apply(q, k, v, log_a, b, S, chunk)
@@ -212,7 +212,7 @@ def read(S: Tensor, q: Tensor) -> Tensor:
 def _token_by_token(
     write: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, log_a, b, S)
+    check_inputs(q, k, v, log_a, b, S)
     a = log_a.exp()[..., None, None]  # (b, h, t, 1, 1), to scale a matrix
     b = b[..., None, None]
     outputs = []
@@ -222,7 +222,7 @@ def _token_by_token(
     return torch.stack(outputs, dim=2), S
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> None:
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q and v must be (batch, heads, length, size), got {tuple(q.shape)} and {tuple(v.shape)}")
     batch, heads, length, d_k = q.shape

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sleepedu.fast_weights import gated_delta_chunked
+from sleepedu.kernel import gated_delta_fast
 from sleepedu.operations import convolve, rms_norm, unit_length
 
 
@@ -87,7 +87,7 @@ class FastWeightMixer(nn.Module):
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
         with torch.autocast(x.device.type, enabled=False):
-            o, S = gated_delta_chunked(q, k, v, log_a, b, S)
+            o, S = gated_delta_fast(q, k, v, log_a, b, S)
             o = rms_norm(o, self.norm)
         return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
 
@@ -95,7 +95,7 @@ class FastWeightMixer(nn.Module):
         """Return the S after the last token of a whole window x; what they read is neither scaled nor projected."""
         q, k, v, log_a, b, _ = self.rule_inputs(x, S.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return gated_delta_chunked(q, k, v, log_a, b, S)[1]
+            return gated_delta_fast(q, k, v, log_a, b, S)[1]
 
     def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> tuple[Tensor, ...]:
         """Return what the rule gets of every token of x: q, k, v (b, h, l, size), log a, b (b, h, l); and the gate."""

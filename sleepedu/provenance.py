@@ -9,6 +9,8 @@ from typing import Any
 import numpy
 import torch
 
+from sleepedu import kernel
+
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what a measurement has to say about where and when it was made: machine, versions, commit, time."""
@@ -16,6 +18,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": _processor(device),
         "threads": torch.get_num_threads(),
+        "kernel": device.type == "cpu" and kernel.is_available(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sleepedu import kernel
 from sleepedu.experiments import Run, find_device, load, train_and_store
 from sleepedu.training import History, TrainConfig
 
@@ -23,6 +24,7 @@ ALIKE = (
     "ranks",
     "compiled",
     "recomputed",
+    "kernel",
     "python",
     "torch",
     "numpy",
@@ -42,9 +44,9 @@ def reproduce(
 ) -> Comparison:
     """Train a stored run again from its settings and compare; what is trained is kept in ``directory``, if any.
 
-    It takes the device and the threads of the stored run, and compiles and recomputes as that did. Raises ValueError
-    where its settings are no longer those of today's recipe, ``directory`` holds the run itself, or its device is not
-    there.
+    It takes the device and the threads of the stored run, and compiles and recomputes as that did; without the compiled
+    rule where that had none. Raises ValueError where its settings are no longer those of today's recipe, ``directory``
+    holds the run itself, or its device is not there.
     """
     if run.experiment.settings != run.settings:
         raise ValueError(
@@ -63,7 +65,8 @@ def reproduce(
             else:
                 examples = next(iter(run.table.values())).n
                 how = {"compile": made["compiled"], "recompute": made.get("recomputed", False)}
-                trained = train_and_store(run.experiment, path, device, watch, examples, **how)
+                with nullcontext() if made.get("kernel", False) else kernel.without():
+                    trained = train_and_store(run.experiment, path, device, watch, examples, **how)
                 assert trained is not None  # only other ranks get none, and there are no others
                 again = trained
             return compare(run, again)

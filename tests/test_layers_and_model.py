@@ -162,7 +162,7 @@ def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
         return gated_delta(*tensors)
 
-    monkeypatch.setattr(layers, "gated_delta_chunked", rule)
+    monkeypatch.setattr(layers, "gated_delta_fast", rule)
     model = make_model("ag")
     with torch.autocast("cpu", torch.bfloat16):
         logits, S = model(TOKENS)

@@ -1,0 +1,236 @@
+// The gated delta rule and its gradient, token after token, for one core.
+//
+// A row of S never meets another one: row i reads and writes with the same q, k and gates as all rows, and with v_i
+// alone. So a few rows are taken at a time, as many as the registers hold, and stay there for the whole window. The
+// symbols are those of fast_weights.py.
+//
+// Vectors are the compiler's own (GCC's and Clang's): 16 floats, in as many registers as the processor needs for that.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+#define EACH(i, n) UNROLL for (int i = 0; i < n; i++)
+
+namespace {
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef float four __attribute__((vector_size(16), aligned(4)));
+
+// The rows of one sequence and head: a row for every token, of its channels; or the rows of S.
+struct Rows {
+    float *data;
+    int64_t next;  // floats from one row to the next
+    float &operator[](int64_t row) const { return data[row * next]; }
+    vec &sixteen(int64_t row, int group) const { return *(vec *)(data + row * next + 16 * group); }
+    four &quad(int64_t row, int group) const { return *(four *)(data + row * next + 4 * group); }
+    Rows channels(int64_t first) const { return {data + first, next}; }
+    Rows rows(int64_t first) const { return {data + first * next, next}; }
+};
+
+// A tensor of such rows; its last axis is dense.
+struct Tensor {
+    float *data;
+    int64_t batch, head, next;
+    Rows of(int64_t b, int64_t h) const { return {data + b * batch + h * head, next}; }
+};
+
+struct Sizes {
+    int64_t batch, heads, length, d_k, d_v, threads;
+};
+
+inline four quarters(const vec &x) {
+    four part[4];
+    memcpy(part, &x, sizeof x);
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+inline float sum(const four &x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+// The sums of four vectors, side by side.
+inline four sums(const vec (&x)[4]) {
+    four a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
+    four ab = SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7);
+    four cd = SHUFFLE(c, d, 0, 4, 1, 5) + SHUFFLE(c, d, 2, 6, 3, 7);
+    return SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+// What the rule is given (T tokens) and what it finds; w is what every token finds wrong in S.
+struct Given { Rows q, k, v, a, b, S; };
+struct Found { Rows o, w, S_end; };
+
+// 4 G rows of S, each of 16 C floats.
+template <int C, int G>
+inline void forward(int64_t T, const Given &x, const Found &y) {
+    vec S[4 * G][C];
+    EACH(r, 4 * G) EACH(c, C) S[r][c] = x.S.sixteen(r, c);
+    for (int64_t t = 0; t < T; t++) {
+        vec q[C], k[C];
+        EACH(c, C) { q[c] = x.q.sixteen(t, c); k[c] = x.k.sixteen(t, c); }
+        float a = x.a[t], b = x.b[t];
+        EACH(g, G) {
+            vec read[4] = {};
+            EACH(r, 4) EACH(c, C) { S[4 * g + r][c] *= a; read[r] += S[4 * g + r][c] * k[c]; }
+            four w = x.v.quad(t, g) - sums(read), u = b * w;
+            EACH(r, 4) read[r] = vec{};
+            EACH(r, 4) EACH(c, C) { S[4 * g + r][c] += u[r] * k[c]; read[r] += S[4 * g + r][c] * q[c]; }
+            y.w.quad(t, g) = w;
+            y.o.quad(t, g) = sums(read);
+        }
+    }
+    EACH(r, 4 * G) EACH(c, C) y.S_end.sixteen(r, c) = S[r][c];
+}
+
+// The gradients of what was found, and of what was given. All rows have a share in those of q, k, log a and b, and so
+// in two sums over rows: uw = u . dw, and dg, from which the gradient of log a is made. They are added to.
+struct GivenGradients { Rows d_o, dS_end; };
+struct FoundGradients { Rows dq, dk, dv, dlog_a, db, dS; };
+struct Room { float *dg, *uw; vec *after; };  // after: S after every token, for the rows at hand
+
+const int64_t SPAN = 64;  // tokens after which dg starts anew from S . dS itself
+
+template <int C, int G>
+inline void backward(int64_t T, const Given &x, const Found &y, const GivenGradients &dy, const FoundGradients &dx,
+                     const Room &room) {
+    vec dS[4 * G][C];  // first S itself, which is found again from w
+    EACH(r, 4 * G) EACH(c, C) dS[r][c] = x.S.sixteen(r, c);
+    for (int64_t t = 0; t < T; t++) {
+        float a = x.a[t], b = x.b[t];
+        EACH(g, G) {
+            four u = b * y.w.quad(t, g);
+            EACH(r, 4) EACH(c, C) {
+                vec &S = dS[4 * g + r][c];
+                S = a * S + u[r] * x.k.sixteen(t, c);
+                room.after[(t * 4 * G + 4 * g + r) * C + c] = S;
+            }
+        }
+    }
+    EACH(r, 4 * G) EACH(c, C) dS[r][c] = dy.dS_end.sixteen(r, c);
+    for (int64_t t = T - 1; t >= 0; t--) {
+        vec q[C], k[C], dq[C], dk[C];
+        EACH(c, C) { q[c] = x.q.sixteen(t, c); k[c] = x.k.sixteen(t, c); }
+        EACH(c, C) { dq[c] = dx.dq.sixteen(t, c); dk[c] = dx.dk.sixteen(t, c); }
+        float a = x.a[t], b = x.b[t];
+        const vec *after = room.after + t * 4 * G * C;
+        if (t == T - 1 || t % SPAN == SPAN - 1) {
+            vec product = {};
+            EACH(r, 4 * G) EACH(c, C) product += dS[r][c] * after[r * C + c];
+            room.dg[t] += sum(quarters(product));
+        }
+        EACH(g, G) {
+            const vec *S = after + 4 * g * C;
+            four d_o = dy.d_o.quad(t, g), w = y.w.quad(t, g), u = b * w;
+            vec read[4] = {};
+            EACH(r, 4) EACH(c, C) {
+                dq[c] += d_o[r] * S[r * C + c];
+                dS[4 * g + r][c] += d_o[r] * q[c];
+                read[r] += dS[4 * g + r][c] * k[c];
+            }
+            four du = sums(read), dw = b * du;
+            dx.dv.quad(t, g) = dw;
+            dx.db[t] += sum(du * w);
+            room.uw[t] += sum(u * dw);
+            room.dg[t] += sum(d_o * y.o.quad(t, g) - dw * x.v.quad(t, g));
+            EACH(r, 4) EACH(c, C) {
+                dk[c] += u[r] * dS[4 * g + r][c] - dw[r] * S[r * C + c];
+                dS[4 * g + r][c] = a * (dS[4 * g + r][c] - dw[r] * k[c]);
+            }
+        }
+        EACH(c, C) { dx.dq.sixteen(t, c) = dq[c]; dx.dk.sixteen(t, c) = dk[c]; }
+    }
+    EACH(r, 4 * G) EACH(c, C) dx.dS.sixteen(r, c) = dS[r][c];
+}
+
+// How many rows are taken at a time is what d_v has to be a multiple of.
+template <int C, int G>
+void forward_head(const Sizes &n, Given x, Found y) {
+    for (int64_t r = 0; r < n.d_v; r += 4 * G)
+        forward<C, G>(n.length, {x.q, x.k, x.v.channels(r), x.a, x.b, x.S.rows(r)},
+                      {y.o.channels(r), y.w.channels(r), y.S_end.rows(r)});
+}
+
+template <int C, int G>
+void backward_head(const Sizes &n, Given x, Found y, GivenGradients dy, FoundGradients dx, Room room) {
+    const int64_t T = n.length;
+    memset(room.dg, 0, T * sizeof(float));
+    memset(room.uw, 0, T * sizeof(float));
+    for (int64_t t = 0; t < T; t++) {
+        memset(&dx.dq[t], 0, n.d_k * sizeof(float));
+        memset(&dx.dk[t], 0, n.d_k * sizeof(float));
+        dx.db[t] = 0;
+    }
+    for (int64_t r = 0; r < n.d_v; r += 4 * G)
+        backward<C, G>(T, {x.q, x.k, x.v.channels(r), x.a, x.b, x.S.rows(r)},
+                       {y.o.channels(r), y.w.channels(r), {}}, {dy.d_o.channels(r), dy.dS_end.rows(r)},
+                       {dx.dq, dx.dk, dx.dv.channels(r), dx.dlog_a, dx.db, dx.dS.rows(r)}, room);
+    // The gradient of log a_t is S . dS as later tokens leave it, + do_t . o_t - dv_t . v_t. That is S . dS one token
+    // earlier, too, so the sum of these goes on from token to token.
+    float later = 0;
+    for (int64_t t = T - 1; t >= 0; t--) {
+        if (t % SPAN == SPAN - 1) later = 0;
+        dx.dlog_a[t] = later += room.dg[t];
+        // w depends on k by S before the token is written, which is S after it less u k^T.
+        EACH(c, 4 * C) dx.dk.quad(t, c) += room.uw[t] * x.k.quad(t, c);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// d_k is one of 16, 32, 64 and 128, d_v a multiple of 16, 8, 4 and 4.
+void gated_delta_forward(const Sizes *n, const Tensor *q, const Tensor *k, const Tensor *v, const Tensor *a,
+                         const Tensor *b, const Tensor *S, const Tensor *o, const Tensor *w, const Tensor *S_end) {
+#pragma omp parallel for num_threads(n->threads)
+    for (int64_t i = 0; i < n->batch * n->heads; i++) {
+        auto head = [=](const Tensor *x) { return x->of(i / n->heads, i % n->heads); };
+        Given x = {head(q), head(k), head(v), head(a), head(b), head(S)};
+        Found y = {head(o), head(w), head(S_end)};
+        switch (n->d_k) {
+            case 16: forward_head<1, 4>(*n, x, y); break;
+            case 32: forward_head<2, 2>(*n, x, y); break;
+            case 64: forward_head<4, 1>(*n, x, y); break;
+            case 128: forward_head<8, 1>(*n, x, y); break;
+        }
+    }
+}
+
+// Returns 0, or 1 when there was no memory.
+int gated_delta_backward(const Sizes *n, const Tensor *q, const Tensor *k, const Tensor *v, const Tensor *a,
+                         const Tensor *b, const Tensor *S, const Tensor *o, const Tensor *w, const Tensor *d_o,
+                         const Tensor *dS_end, const Tensor *dq, const Tensor *dk, const Tensor *dv,
+                         const Tensor *dlog_a, const Tensor *db, const Tensor *dS) {
+    const int64_t T = n->length, at_once = n->d_k < 128 ? 256 : 512;  // floats in the rows at hand
+    int failed = 0;
+#pragma omp parallel num_threads(n->threads)
+    {
+        float *memory = (float *)malloc((at_once + 2) * T * sizeof(float));
+        Room room = {memory + at_once * T, memory + (at_once + 1) * T, (vec *)memory};
+        if (!memory) failed = 1;
+#pragma omp for
+        for (int64_t i = 0; i < n->batch * n->heads; i++) {
+            if (!memory) continue;
+            auto head = [=](const Tensor *x) { return x->of(i / n->heads, i % n->heads); };
+            Given x = {head(q), head(k), head(v), head(a), head(b), head(S)};
+            Found y = {head(o), head(w), {}};
+            GivenGradients dy = {head(d_o), head(dS_end)};
+            FoundGradients dx = {head(dq), head(dk), head(dv), head(dlog_a), head(db), head(dS)};
+            switch (n->d_k) {
+                case 16: backward_head<1, 4>(*n, x, y, dy, dx, room); break;
+                case 32: backward_head<2, 2>(*n, x, y, dy, dx, room); break;
+                case 64: backward_head<4, 1>(*n, x, y, dy, dx, room); break;
+                case 128: backward_head<8, 1>(*n, x, y, dy, dx, room); break;
+            }
+        }
+        free(memory);
+    }
+    return failed;
+}
+}

@@ -1,0 +1,138 @@
+"""The gated delta rule on a CPU, in C++: the recurrence itself, with the rows of S in the processor's registers.
+
+A GPU is kept busy by the large matrix products of ``gated_delta_chunked``. A CPU core does better token after token:
+each row of S learns by itself, a few rows at a time stay in registers for the whole window, and nothing is written
+but what is asked for. ``gated_delta.cpp`` says how; it is compiled when it is first needed, in a second. Where there
+is no compiler everything works as well, only slower.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sleepedu.fast_weights import check_inputs, gated_delta_chunked
+
+SOURCE = Path(__file__).with_name("gated_delta.cpp")
+MULTIPLES = {16: 16, 32: 8, 64: 4, 128: 4}  # the d_k there is code for, and what d_v has to be a multiple of
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+# The first that the compiler takes: not everyone has OpenMP, and Apple's compiler has its own word for "native".
+FURTHER = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+
+_wanted = True
+
+
+def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``gated_delta`` the fastest way there is here: compiled on a CPU, by ``gated_delta_chunked`` elsewhere.
+
+    Shapes as in ``fast_weights``. There is compiled code for float32, d_k of 16, 32, 64 or 128 and d_v a multiple of
+    16, 8, 4 or 4. Raises ValueError for shapes or devices that do not fit together.
+    """
+    given = (q, k, v, log_a, b, S)
+    check_inputs(*given)
+    multiple = MULTIPLES.get(q.shape[-1])
+    fits = multiple is not None and v.shape[-1] % multiple == 0
+    if fits and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in given) and is_available():
+        return _Compiled.apply(*given)
+    return gated_delta_chunked(*given)
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Return whether the rule runs compiled where it can; the first time, compile it."""
+    return _wanted and _library() is not None
+
+
+@contextlib.contextmanager
+def without() -> Iterator[None]:
+    """Do without the compiled rule meanwhile."""
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled code, or None where it cannot be had."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "gated_delta.so"
+        for further in FURTHER:
+            with contextlib.suppress(OSError):  # it does not run, or what it made cannot be loaded
+                made = subprocess.run([compiler, *FLAGS, *further, SOURCE, "-o", path], capture_output=True)
+                if made.returncode == 0:
+                    return ctypes.CDLL(str(path))
+    return None
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, log_a, b, S):
+        o, w, S_end = torch.ops.sleepedu.gated_delta(q, k, v, log_a, b, S)
+        ctx.save_for_backward(q, k, v, log_a, b, S, o, w)
+        return o, S_end
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dS_end):
+        return torch.ops.sleepedu.gated_delta_backward(*ctx.saved_tensors, do, dS_end)
+
+
+@torch.library.custom_op("sleepedu::gated_delta", mutates_args=(), device_types="cpu")
+def _forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = _found(q, k, v, log_a, b, S)
+    _call("gated_delta_forward", q, k, v, log_a.exp(), b, S, *found)
+    return found
+
+
+@_forward.register_fake
+def _found(q, k, v, log_a, b, S):
+    return _room(v), _room(v), S.new_empty(S.shape)  # o, w and S after the last token
+
+
+@torch.library.custom_op("sleepedu::gated_delta_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, o: Tensor, w: Tensor, do: Tensor, dS: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = _gradients(q, k, v, log_a, b, S, o, w, do, dS)
+    if _call("gated_delta_backward", q, k, v, log_a.exp(), b, S, o, w, do, dS, *found):
+        raise MemoryError(f"there is no memory for S after each of {q.shape[2]:,} tokens: take a shorter window")
+    return found
+
+
+@_backward.register_fake
+def _gradients(q, k, v, log_a, b, S, o, w, do, dS):
+    return *map(_room, (q, k, v, log_a, b)), S.new_empty(S.shape)
+
+
+def _room(like: Tensor) -> Tensor:
+    """Return an empty (batch, heads, length, ...), laid out in memory as projections are, (batch, length, heads, ...).
+
+    So nobody has to turn it round before the next projection.
+    """
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "next"))]
+
+
+def _call(name: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> int:
+    sizes = (ctypes.c_int64 * 6)(*q.shape, v.shape[-1], torch.get_num_threads())
+    # The last axis of what belongs to a channel has to be dense; the gates have none.
+    tensors = [x if x.ndim == 3 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, *others)]
+    given = [_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors]
+    return getattr(_library(), name)(sizes, *map(ctypes.byref, given))
