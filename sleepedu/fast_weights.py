@@ -12,7 +12,8 @@ Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
     o        (batch, heads, length, d_v)   what the queries read
 
 The first four functions take one token at a time and are meant to be read. ``gated_delta_chunked`` gives the
-numbers of ``gated_delta`` with a few large matrix products, and is what the model trains with.
+numbers of ``gated_delta`` with a few large matrix products. Models train with ``kernel.gated_delta_fast``, which takes
+compiled code where there is some and the chunks elsewhere.
 """
 
 import itertools
