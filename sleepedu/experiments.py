@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from sleepedu import checks, distributed, storage
+from sleepedu.checkpoint import Checkpoint, History
 from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth, check_examples
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.provenance import machine
 from sleepedu.recipes import MODELS, RECIPES, SIZES, Recipe
 from sleepedu.tasks import TASKS, Task
-from sleepedu.training import Checkpoint, History, TrainConfig, can_compile, first_line, parameter_count, train
+from sleepedu.training import TrainConfig, can_compile, parameter_count, train
 
 VERSION = 1  # of the run format; a run of another version is refused
 PACKAGE = Path(__file__).resolve().parent
@@ -163,7 +164,7 @@ class Run:
             model.load_state_dict(storage.unpack(content))
         except Exception as error:  # torch raises whatever the broken bytes lead it to
             raise ValueError(
-                f"{path} does not hold this run's weights ({first_line(error)}): "
+                f"{path} does not hold this run's weights ({storage.first_line(error)}): "
                 f"delete {path.parent} and train it again"
             ) from error
         return model.to(find_device(device)).eval()
@@ -299,7 +300,7 @@ def load(run: Path | str) -> Run:
             return found
     except Exception as error:  # broken bytes lead anywhere
         raise ValueError(
-            f"{file} is broken ({type(error).__name__}: {first_line(error)}): delete {path} and train it again"
+            f"{file} is broken ({type(error).__name__}: {storage.first_line(error)}): delete {path} and train it again"
         ) from error
     raise ValueError(f"{file} {refusal}")
 

@@ -28,7 +28,7 @@ from sleepedu.sleep import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
 from sleepedu.tasks.cellular_automaton import space_time
-from sleepedu.training import MOST_SEED, TESTING, first_line, stream
+from sleepedu.training import MOST_SEED, TESTING, stream
 
 VERSION = 1  # of the stored form
 READERS = {
@@ -159,7 +159,7 @@ def load(path: Path | str) -> Probes:
         return Probes(**stored)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is broken ({type(error).__name__}: {first_line(error)}): delete it and make it again"
+            f"{path} is broken ({type(error).__name__}: {storage.first_line(error)}): delete it and make it again"
         ) from error
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from sleepedu import kernel
+from sleepedu.checkpoint import History
 from sleepedu.experiments import Run, find_device, load, train_and_store
-from sleepedu.training import History, TrainConfig
+from sleepedu.training import TrainConfig
 
 ALIKE = (
     "device",

@@ -64,6 +64,11 @@ def unpack(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says in one line; its kind, when it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def checksum(content: bytes) -> str:
     """Return the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

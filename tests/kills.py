@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import experiments, storage, training
+from sleepedu import checkpoint, experiments, storage
 from sleepedu.__main__ import main
 
 NAME = "graph-smoke-sleep-N2-{steps}steps-seed0"
@@ -33,7 +33,7 @@ def start(folder: Path, steps: int, first: Callable[[], object] = lambda: None) 
     code = 99
     try:
         torch.set_num_threads(1)
-        training.SAVE_EVERY = 0
+        checkpoint.SAVE_EVERY = 0
         os.dup2(os.open(folder.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
         first()

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleepedu import distributed, experiments, training
+from sleepedu import checkpoint, distributed, experiments, training
+from sleepedu.checkpoint import Checkpoint
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.tasks.base import UNSCORED
-from sleepedu.training import Checkpoint, TrainConfig, train
+from sleepedu.training import TrainConfig, train
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no Gloo here"
@@ -73,7 +74,8 @@ def train_all(runs, folder=None):
         own = folder and folder / f"rank{os.environ.get('RANK', 0)}"
         with pytest.MonkeyPatch.context() as patch, distributed.process_group(CPU):
             patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-            patch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+            for module in (checkpoint, training):
+                patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
             history = None
             with contextlib.suppress(Interrupted):
                 history = train(model, task, config, own, watch)

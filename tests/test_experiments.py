@@ -11,12 +11,12 @@ import torch
 from campaigns import COUNTS, size
 
 from sleepedu import experiments, provenance
+from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, differ
 from sleepedu.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
 from sleepedu.model import CARRIES, SleepLM
 from sleepedu.sleep import run_episode
 from sleepedu.tasks import TASKS
-from sleepedu.training import Checkpoint
 
 
 @pytest.fixture

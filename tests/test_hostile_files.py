@@ -9,11 +9,12 @@ import pytest
 import torch
 from campaigns import COUNTS, size
 
-from sleepedu import experiments, storage, training
+from sleepedu import checkpoint, experiments, storage
 from sleepedu.__main__ import main
+from sleepedu.checkpoint import Checkpoint
 from sleepedu.experiments import load, seal
 from sleepedu.tasks import GraphRetrieval
-from sleepedu.training import Checkpoint, TrainConfig, train
+from sleepedu.training import TrainConfig, train
 
 SEEDS = range(size(60, 1000))
 NUMBERS = (float("nan"), float("inf"), -1, -0.5, 0, 10**400, 1e308, 0.123456, True)
@@ -146,12 +147,12 @@ CONFIG = TrainConfig(passes=2, steps=3, batch=2, warmup=1)
 
 
 def test_a_mutated_checkpoint_goes_on_the_same_or_is_refused(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     model = make_model()
     train(model, TASK, CONFIG, tmp_path)
     file = tmp_path / Checkpoint.FILE
     whole, end, seeds = file.read_bytes(), model.state_dict(), SEEDS[: len(SEEDS) // 2]
-    monkeypatch.setattr(training, "SAVE_EVERY", 1000)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 1000)
     for seed in seeds:
         dice = random.Random(seed)
         way = dice.choice(BYTES)
@@ -242,7 +243,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_checkpoint_stays(tmp_path, c
         "--runs",
         str(tmp_path),
     ]
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     write = storage.write
 
     def full(path, content):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from campaigns import COUNTS, size
 
-from sleepedu import storage, training
+from sleepedu import checkpoint, storage, training
+from sleepedu.checkpoint import Checkpoint
 from sleepedu.tasks import GraphRetrieval
-from sleepedu.training import Checkpoint, TrainConfig, train
+from sleepedu.training import TrainConfig, train
 
 TASK = GraphRetrieval(nodes=4, hops=2, queries=3)
 CONFIG = TrainConfig(passes=2, steps=6, batch=4, warmup=3)
@@ -146,7 +147,7 @@ def test_a_thread_trains_without_signals(make_model, tmp_path):
 
 
 def test_a_state_that_is_no_number_does_not_replace_a_good_one(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     score = training.score
     monkeypatch.setattr(training, "score", lambda *arguments: (score(*arguments)[0] * torch.nan, torch.tensor(0.0)))
     with pytest.raises(FloatingPointError):
@@ -155,7 +156,7 @@ def test_a_state_that_is_no_number_does_not_replace_a_good_one(make_model, tmp_p
 
 
 def test_a_checkpoint_of_another_task_with_the_same_settings_is_refused(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     train(make_model(), TASK, CONFIG, tmp_path)
     other = GraphRetrieval(nodes=4, hops=2, queries=3)
     object.__setattr__(other, "name", "another")
@@ -164,7 +165,7 @@ def test_a_checkpoint_of_another_task_with_the_same_settings_is_refused(make_mod
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     train(make_model(), TASK, CONFIG, tmp_path)
     file = tmp_path / Checkpoint.FILE
     state = storage.unpack(file.read_bytes())
@@ -175,7 +176,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monke
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     whole, model = make_model(), make_model()
     train(whole, TASK, CONFIG, tmp_path)
     file = tmp_path / Checkpoint.FILE
@@ -201,7 +202,7 @@ def test_a_signal_after_the_last_step_is_delivered_at_the_end(make_model, tmp_pa
     came = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        with Checkpoint(tmp_path, make_model(), [], None, TASK, CONFIG):
+        with Checkpoint(tmp_path, make_model(), [], None, {}, TASK.name):
             signal.raise_signal(signal.SIGTERM)
             assert came == []
         assert came == [signal.SIGTERM]

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleepedu import experiments, training
+from sleepedu import checkpoint, experiments, training
+from sleepedu.checkpoint import Checkpoint
 from sleepedu.model import SleepLM
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 from sleepedu.training import (
     TESTING,
     TRAINING,
-    Checkpoint,
     TrainConfig,
     can_compile,
     make_optimizers,
@@ -60,7 +60,8 @@ def recording(seen):
 def saves_at_every_entry(monkeypatch):
     """Half a minute passes between any two looks at the clock, so that every history entry is checkpointed."""
     clock = itertools.count(0, 30)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    for module in (checkpoint, training):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
 
 
 def assert_same_weights(model, other):
