@@ -27,15 +27,16 @@ from sleepedu.layers import WindowCache
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
 from sleepedu.provenance import machine
 from sleepedu.recipes import RECIPES
-from sleepedu.sleep import Session, run_episode, sleep
+from sleepedu.sleep import Session, sleep
 from sleepedu.training import (
     COMPILED,
     TRAINING,
+    Answer,
     can_compile,
     compiled_blocks,
     keep_freed_memory,
+    learn,
     make_optimizers,
-    score,
     stream,
     tokens_per_example,
 )
@@ -201,14 +202,10 @@ def _one_step(experiment: Experiment, product_ms: float, device: torch.device) -
     optimizers = make_optimizers(model, config)
     episode = task.sample(config.batch, stream(0, TRAINING, 0)).to(device)
 
+    answer, scaler = Answer(model, config.passes), torch.amp.GradScaler(enabled=False)
+
     def plain() -> None:
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss, _ = score(run_episode(model, episode, config.passes), episode)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        for optimizer in optimizers:
-            optimizer.step()
+        learn(answer, episode, optimizers, scaler, config)
 
     def step_with(methods: dict[str, Callable]) -> None:
         vars(model).update(methods)

@@ -71,8 +71,9 @@ def _library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "gated_delta.so"
         for further in FURTHER:
-            with contextlib.suppress(OSError):  # it does not run, or what it made cannot be loaded
-                made = subprocess.run([compiler, *FLAGS, *further, SOURCE, "-o", path], capture_output=True)
+            # It may not run, or not end, or make what cannot be loaded.
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                made = subprocess.run([compiler, *FLAGS, *further, SOURCE, "-o", path], capture_output=True, timeout=60)
                 if made.returncode == 0:
                     return ctypes.CDLL(str(path))
     return None

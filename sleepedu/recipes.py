@@ -27,22 +27,19 @@ class Recipe:
 
 
 SMALL = {"layout": "ag", "width": 32, "heads": 2}
+RING = {"nodes": 8, "hops": 4, "queries": 8}
+ON_RINGS: Mapping[str, Any] = {
+    "model": {"layout": "ag"},
+    "train": {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
+}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
 RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
     {
         ("graph", "smoke"): Recipe(
             task={"nodes": 6, "hops": 3, "queries": 6}, model=SMALL, train={"steps": 300, "batch": 64}
         ),
-        ("graph", "laptop"): Recipe(
-            task={"nodes": 8, "hops": 4, "queries": 8},
-            model={"layout": "ag"},
-            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
-        ),
-        ("graph", "split"): Recipe(
-            task={"nodes": 8, "hops": 4, "queries": 8, "windows": 2},
-            model={"layout": "ag"},
-            train={"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
-        ),
+        ("graph", "laptop"): Recipe(task=RING, **ON_RINGS),
+        ("graph", "split"): Recipe(task={**RING, "windows": 2}, **ON_RINGS),
         ("graph", "paper"): Recipe(
             task={
                 **{"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3},

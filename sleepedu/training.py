@@ -116,7 +116,7 @@ def train(
     scale = 2.0**16 / distributed.ranks()
     scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
     history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
-    answer: nn.Module = _Answer(model, config.passes, recompute)
+    answer: nn.Module = Answer(model, config.passes, recompute)
     if distributed.ranks() > 1:
         # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so.
         answer = DistributedDataParallel(answer, static_graph=True)
@@ -143,24 +143,10 @@ def train(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * config.rate(step)
-                optimizer.zero_grad(set_to_none=True)
             batch = task.sample(config.batch, stream(config.seed, TRAINING, step))
-            episode = distributed.share(batch).to(device)
-            with torch.autocast(
-                device.type, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)
-            ):
-                logits = answer(episode)
             # The ranks' mean is that of the whole batch, also where one has more scored tokens than another.
-            loss, accuracy = score(logits.float(), episode, int(batch.asked.sum()) / distributed.ranks())
-            scaler.scale(loss).backward()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
-            sums += torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
+            count = int(batch.asked.sum()) / distributed.ranks()
+            sums += learn(answer, distributed.share(batch).to(device), optimizers, scaler, config, count)
             progress.step, progress.counted = step + 1, progress.counted + 1
             if not (step + 1) % every or step + 1 == config.steps:
                 mean_loss, mean_accuracy, mean_norm = distributed.mean(sums / progress.counted).tolist()
@@ -183,6 +169,35 @@ def train(
                 checkpoint.save(history, progress)
     model.eval()
     return history
+
+
+def learn(
+    answer: nn.Module,
+    episode: Episode,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    count: float = 0,
+) -> Tensor:
+    """Take one step on an episode: answer, score, follow the gradient back, clip it, move. Return what is measured.
+
+    That is (3,): loss (nats a scored token), share right, and the gradient's norm. count: as in ``score``.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    kind = episode.prompt.device.type
+    with torch.autocast(kind, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
+        logits = answer(episode)
+    loss, accuracy = score(logits.float(), episode, count)
+    scaler.scale(loss).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(answer.parameters(), config.clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
+    return torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
 
 
 def keep_freed_memory() -> None:
@@ -221,10 +236,10 @@ def compiled_blocks(model: SleepLM) -> Iterator[None]:
             torch._dynamo.reset()  # it compiles a function for so many models and then no more
 
 
-class _Answer(nn.Module):
+class Answer(nn.Module):
     """An episode's logits as a module's forward: the one call whose gradients DistributedDataParallel averages."""
 
-    def __init__(self, model: SleepLM, passes: int, recompute: bool):
+    def __init__(self, model: SleepLM, passes: int, recompute: bool = False):
         super().__init__()
         self.model, self.passes, self.recompute = model, passes, recompute
 
