@@ -62,18 +62,22 @@ def without() -> Iterator[None]:
         _wanted = before
 
 
+def compiler() -> str | None:
+    """Return the C++ compiler there is here, or None."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """Return the compiled code, or None where it cannot be had."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-    if compiler is None:
+    if (program := compiler()) is None:
         return None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "gated_delta.so"
         for further in FURTHER:
             # It may not run, or not end, or make what cannot be loaded.
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                made = subprocess.run([compiler, *FLAGS, *further, SOURCE, "-o", path], capture_output=True, timeout=60)
+                made = subprocess.run([program, *FLAGS, *further, SOURCE, "-o", path], capture_output=True, timeout=60)
                 if made.returncode == 0:
                     return ctypes.CDLL(str(path))
     return None

@@ -9,8 +9,6 @@ import contextlib
 import ctypes
 import importlib.util
 import math
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sleepedu import checks, distributed
+from sleepedu import checks, distributed, kernel
 from sleepedu.checkpoint import Checkpoint, History, Progress
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
@@ -216,7 +214,7 @@ def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
+    return kernel.compiler() is not None
 
 
 @contextlib.contextmanager
