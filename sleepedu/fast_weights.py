@@ -100,23 +100,20 @@ class _Chunks(torch.autograd.Function):
     """``gated_delta_chunked`` with its gradient written out: the same systems, transposed.
 
     Autograd would find the same gradient, in several times the time: it keeps and revisits every (t, i) matrix, and
-    for every chunk it builds a gradient of the whole sequence. On a CPU the batch is taken a slab at a time, so that
-    what one step leaves is still in the core's cache for the next.
+    for every chunk it builds a gradient of the whole sequence.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, b, S, chunk):
         ctx.chunks = _cut(q.shape[2], chunk)
-        ctx.slabs = _slabs(S, ctx.chunks[0].stop)
         o = q.new_empty(v.shape)
         states = [S.contiguous(), *(S.new_empty(S.shape) for _ in ctx.chunks)]  # S before, between and after the chunks
         saved = []
-        for slab in ctx.slabs:
-            for i, piece in enumerate(ctx.chunks):
-                given = (tensor[slab, :, piece].flatten(0, 1) for tensor in (q, k, v, log_a, b, o))
-                kept = _forward(*given, *(S[slab].flatten(0, 1) for S in states[i : i + 2]))
-                if any(ctx.needs_input_grad):
-                    saved += kept
+        for i, piece in enumerate(ctx.chunks):
+            given = (tensor[:, :, piece].flatten(0, 1) for tensor in (q, k, v, log_a, b, o))
+            kept = _forward(*given, *(S.flatten(0, 1) for S in states[i : i + 2]))
+            if any(ctx.needs_input_grad):
+                saved += kept
         ctx.save_for_backward(o, *states, *saved)
         return o, states[-1]
 
@@ -125,20 +122,19 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx, do, dS_end):
         o, *saved = ctx.saved_tensors
         states, saved = saved[: len(ctx.chunks) + 1], saved[len(ctx.chunks) + 1 :]
-        each = len(saved) // (len(ctx.slabs) * len(ctx.chunks))
+        each = len(saved) // len(ctx.chunks)
         batch, heads, length, d_v = do.shape
         d_k = dS_end.shape[-1]
         shapes = [(length, d_k), (length, d_k), (length, d_v), (length,), (length,)]
         gradients = [do.new_empty(batch, heads, *shape) for shape in shapes]
         dS = do.new_empty(dS_end.shape)
-        for slab in reversed(ctx.slabs):
-            later = dS_end[slab].flatten(0, 1)
-            for i, piece in reversed(list(enumerate(ctx.chunks))):
-                saved, kept = saved[:-each], saved[-each:]
-                given = (tensor[slab, :, piece].flatten(0, 1) for tensor in (o, do, *gradients))
-                around = (S[slab].flatten(0, 1) for S in (states[i], states[i + 1], dS))
-                _backward(*kept, *given, *around, later)
-                later = dS[slab].flatten(0, 1)
+        later = dS_end.flatten(0, 1)
+        for i, piece in reversed(list(enumerate(ctx.chunks))):
+            saved, kept = saved[:-each], saved[-each:]
+            given = (tensor[:, :, piece].flatten(0, 1) for tensor in (o, do, *gradients))
+            around = (S.flatten(0, 1) for S in (states[i], states[i + 1], dS))
+            _backward(*kept, *given, *around, later)
+            later = dS.flatten(0, 1)
         return *gradients, dS, None
 
 
@@ -149,17 +145,8 @@ def _cut(length: int, chunk: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def _slabs(S: Tensor, length: int, numbers: int = 2**18) -> list[slice]:
-    """Return slices of the batch with about ``numbers`` numbers in S or in the (t, i) matrices; one slice on a GPU."""
-    batch, heads, d_v, d_k = S.shape
-    size = batch
-    if S.device.type == "cpu":
-        size = max(1, numbers // (heads * max(d_v * d_k, length * length)))
-    return [slice(start, start + size) for start in range(0, batch, size)]
-
-
 def _forward(q, k, v, log_a, b, o, S, S_end):
-    """Write what one slab reads and remembers in a chunk into o and S_end; return what the gradient needs.
+    """Write what a chunk reads and remembers into o and S_end; return what the gradient needs.
 
     All are (n, ...), n = sequences x heads. What is written into may be a part of a larger tensor: a product straight
     into that is done one matrix at a time, and the compiler does not take it as ``out``. So results are copied there.
@@ -179,7 +166,7 @@ def _forward(q, k, v, log_a, b, o, S, S_end):
 
 
 def _backward(q, k, v, b, e, decay, K, M, w, o, do, dq, dk, dv, dlog_a, db, S, S_end, dS, dS_end):
-    """Write the gradients of one slab in a chunk into dq, dk, dv, dlog_a, db and dS, which may be dS_end itself."""
+    """Write the gradients of a chunk into dq, dk, dv, dlog_a, db and dS, which may be dS_end itself."""
     b, to_end = b[..., None], decay[:, -1, :, None]
     u = b * w
     dr = torch.bmm(to_end * k, dS_end.mT).baddbmm_(M.mT, do)  # of u in o and S_end
@@ -224,6 +211,7 @@ def _token_by_token(
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> None:
+    """Raise ValueError, which names the tensor, unless shapes and devices fit together as the module's table has it."""
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q and v must be (batch, heads, length, size), got {tuple(q.shape)} and {tuple(v.shape)}")
     batch, heads, length, d_k = q.shape
