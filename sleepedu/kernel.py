@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
@@ -48,7 +48,7 @@ def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, 
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
     """Return whether the rule runs compiled where it can; the first time, compile it."""
-    return _wanted and _library() is not None
+    return _wanted and _code() is not None
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _code() -> ctypes.CDLL | None:
     """Return the compiled code, or None where it cannot be had."""
     if (program := compiler()) is None:
         return None
@@ -96,7 +96,7 @@ class _Compiled(torch.autograd.Function):
         return torch.ops.sleepedu.gated_delta_backward(*ctx.saved_tensors, do, dS_end)
 
 
-@torch.library.custom_op("sleepedu::gated_delta", mutates_args=(), device_types="cpu")
+@library.custom_op("sleepedu::gated_delta", mutates_args=(), device_types="cpu")
 def _forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found = _found(q, k, v, log_a, b, S)
     _call("gated_delta_forward", q, k, v, log_a.exp(), b, S, *found)
@@ -108,7 +108,7 @@ def _found(q, k, v, log_a, b, S):
     return _room(v), _room(v), S.new_empty(S.shape)  # o, w and S after the last token
 
 
-@torch.library.custom_op("sleepedu::gated_delta_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("sleepedu::gated_delta_backward", mutates_args=(), device_types="cpu")
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, o: Tensor, w: Tensor, do: Tensor, dS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -140,4 +140,4 @@ def _call(name: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> int:
     # The last axis of what belongs to a channel has to be dense; the gates have none.
     tensors = [x if x.ndim == 3 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, *others)]
     given = [_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors]
-    return getattr(_library(), name)(sizes, *map(ctypes.byref, given))
+    return getattr(_code(), name)(sizes, *map(ctypes.byref, given))

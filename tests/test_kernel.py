@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from test_fast_weights import NAMES, assert_same, make_inputs, outputs_and_gradients
+from torch import library
 
 from sleepedu import kernel
 from sleepedu.fast_weights import gated_delta, gated_delta_chunked
@@ -88,9 +89,9 @@ def test_no_sequence_is_no_error():
 @compiled
 def test_torch_takes_it_for_an_operator():
     inputs = make_inputs(2, 2, 5, 16, 16, dtype=torch.float32)
-    torch.library.opcheck(kernel._forward, inputs)
+    library.opcheck(kernel._forward, inputs)
     o, w, S_end = kernel._forward(*inputs)
-    torch.library.opcheck(kernel._backward, (*inputs, o, w, torch.ones_like(o), torch.ones_like(S_end)))
+    library.opcheck(kernel._backward, (*inputs, o, w, torch.ones_like(o), torch.ones_like(S_end)))
 
 
 @compiled
@@ -125,9 +126,9 @@ def test_one_can_do_without(calls):
 
 @pytest.fixture
 def fresh():
-    kernel._library.cache_clear()
+    kernel._code.cache_clear()
     yield
-    kernel._library.cache_clear()
+    kernel._code.cache_clear()
 
 
 def test_without_a_compiler_there_is_none(fresh, monkeypatch):
