@@ -27,6 +27,10 @@ class Accuracy:
     n: int
     majority: float = math.nan
 
+    def __str__(self) -> str:
+        """Return percent right and the interval, as "29 (17-42)"."""
+        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
+
 
 Table = dict[int, Accuracy]  # depth -> accuracy
 

@@ -42,7 +42,7 @@ def label(run: Run) -> str:
     if e.steps:
         words.append(f"{e.steps:,} steps")
     if e.learning_rate:
-        words.append(f"learning rate {e.learning_rate:g}")
+        words.append(f"rate {e.learning_rate:g}")
     return ", ".join(words)
 
 
