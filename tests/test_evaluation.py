@@ -35,6 +35,11 @@ def measured(right, n):
     return Accuracy(right / n, *wilson_interval(right / n, n), n)
 
 
+def test_an_accuracy_is_written_in_percent():
+    assert str(Accuracy(0.294, 0.168, 0.421, 2000)) == "29 (17-42)"
+    assert f"{Accuracy(1.0, 0.998, 1.0, 2000)!s:15}|" == "100 (100-100)  |"
+
+
 @pytest.mark.parametrize(
     "one, other, apart",
     [  # the first four of Newcombe 1998 (Statistics in Medicine 17, 873-890), table II, method 10
