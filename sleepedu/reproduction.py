@@ -65,7 +65,7 @@ def reproduce(
                 again = load(path)
             else:
                 examples = next(iter(run.table.values())).n
-                how = {"compile": made["compiled"], "recompute": made.get("recomputed", False)}
+                how = {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False)}
                 with nullcontext() if made.get("kernel", False) else kernel.without():
                     trained = train_and_store(run.experiment, path, device, watch, examples, **how)
                 assert trained is not None  # only other ranks get none, and there are no others

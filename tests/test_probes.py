@@ -149,7 +149,8 @@ def test_the_command_prints_tables_or_json(tiny_run, tmp_path, capsys):
     assert main(command) == 0
     assert "untrained S: " in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["settings"] == {"passes": 2, "episodes": 300, "seed": 0}
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert shown["settings"] == {"passes": 2, "episodes": 300, "seed": 0}
     assert main([command[0], *command[1:2] * 2, *command[2:], "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 2
     for wrong, message in ((["--passes", "0"], "got 0"), (["--episodes", "9"], "got 9"), (["--seed", "-1"], "got -1")):

@@ -389,6 +389,7 @@ def test_the_command_line_ends_with_a_code_and_at_most_one_line_of_complaint(wor
 
     monkeypatch.setattr(experiments, "train_and_store", no_training)
     monkeypatch.setattr("sleepedu.reproduction.train_and_store", no_training)
+    monkeypatch.setattr(experiments, "COMMITTED", tmp_path)  # to measure all the stored runs would take minutes
     monkeypatch.chdir(tmp_path)
     try:
         code = main(words)

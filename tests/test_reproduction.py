@@ -74,6 +74,19 @@ def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
         reproduction.compare(replace(tiny_run, settings=settings), tiny_run)
 
 
+@pytest.mark.parametrize("run", experiments.stored_runs(), ids=lambda run: run.name)
+def test_every_committed_run_can_be_trained_again(run, monkeypatch):
+    class Trained(Exception):
+        pass
+
+    def train(*arguments, compile, recompute):
+        raise Trained
+
+    monkeypatch.setattr(reproduction, "train_and_store", train)
+    with pytest.raises(Trained):
+        reproduction.reproduce(run)
+
+
 def test_what_was_trained_again_before_is_taken(tiny_run, tmp_path, monkeypatch):
     assert reproduction.reproduce(tiny_run, tmp_path).reproduced
     monkeypatch.setattr(reproduction, "train_and_store", None)
