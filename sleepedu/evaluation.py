@@ -39,7 +39,8 @@ def accuracy_by_depth(
 
     An answer of several tokens is right when all of them are. The interval is Wilson's. An example counts once however
     many questions it asks, because questions about the same graph or row are not independent; where they are, the
-    interval is wider than it need be. Examples never coincide with training's.
+    interval is wider than it need be. Examples come from another random stream than training's; where a task is small,
+    some may coincide.
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
     outside 0..2^32 - 1 or a vocabulary smaller than the task's.
     """

@@ -89,7 +89,8 @@ class FastWeightMixer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             o, S = gated_delta_fast(q, k, v, log_a, b, S)
             o = rms_norm(o, self.norm)
-        return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
+        o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
+        return self.out(o.to(gate.dtype)), S
 
     def write(self, x: Tensor, S: Tensor) -> Tensor:
         """Return the S after the last token of a whole window x; what they read is neither scaled nor projected."""

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sleepedu import checks, distributed, kernel
+from sleepedu import checks, distributed, kernel, storage
 from sleepedu.checkpoint import Checkpoint, History, Progress
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
 from sleepedu.tasks.base import Episode, Task
 
-TRAINING, TESTING = 0, 1  # the two streams of examples; they never share a seed
+TRAINING, TESTING = 0, 1  # the two streams of examples
+STRIDE = 1_000_003  # batches of one stream, before the next one begins
 MOST_SEED = 2**32 - 1
 COMPILED = ("blocks", "write")  # the model's methods that run a pass
 
@@ -57,7 +58,7 @@ class TrainConfig:
     def __post_init__(self):
         check_passes(self.passes)
         checks.whole("seed", self.seed, least=0, most=MOST_SEED)
-        checks.whole("steps", self.steps, least=1)  # a million at most: further on its data would be another stream's
+        checks.whole("steps", self.steps, least=1)
         checks.whole("batch", self.batch, least=1)
         checks.whole("warmup", self.warmup, least=0)
         for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):
@@ -281,12 +282,16 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
 
 
 def stream(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Return the generator of one batch: the same for every model, different for every (seed, purpose, number).
+    """Return the generator of one batch: the same for every model, another for every (seed, purpose, number).
 
     Raises ValueError for a seed outside 0..2^32 - 1.
     """
     checks.whole("seed", seed, least=0, most=MOST_SEED)
-    mixed = (seed * 2 + purpose) * 1_000_003 + number
+    mixed = (seed * 2 + purpose) * STRIDE + number
+    if number >= STRIDE or mixed >= 2**32:
+        # The generator takes 32 bits of its seed and ignores the rest. Where these do not tell all streams apart, a
+        # hash does: two of them are the same as rarely as two random numbers of 32 bits.
+        mixed = int(storage.checksum(f"{seed} {purpose} {number}".encode())[:8], 16)
     return torch.Generator().manual_seed(mixed)
 
 

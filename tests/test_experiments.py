@@ -4,6 +4,7 @@ import json
 import platform
 import random
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -333,11 +334,38 @@ def test_a_device_that_is_not_there_is_refused_even_where_a_stored_run_needs_non
         experiments.run(experiments.Experiment("graph", passes=1), "cuda")
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
+def test_the_commit_is_that_of_the_library_and_of_no_project_around_it(tmp_path, monkeypatch):
+    project, link = tmp_path / "project", tmp_path / "link"
+    installed = project / ".venv" / "lib"
+    for folder in (project, installed, tmp_path):
+        (folder / "sleepedu").mkdir(parents=True)
+    link.symlink_to(project)
+
+    def git(*command):
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *author, *command], cwd=project, capture_output=True, text=True, check=True)
+
+    def commit(folder):
+        monkeypatch.setattr(provenance, "__file__", str(folder / "sleepedu" / "provenance.py"))
+        return provenance.machine(torch.device("cpu"))["commit"]
+
+    git("init")
+    assert commit(project) == "", "there is none yet"
+    git("commit", "--allow-empty", "-m", "one")
+    assert commit(project) == commit(link) == git("rev-parse", "HEAD").stdout.strip()
+    assert commit(installed) == commit(tmp_path) == ""
+
+
 def test_a_machine_that_tells_nothing_of_itself_has_a_provenance_too(monkeypatch):
     def refuse(*arguments, **options):
         raise OSError("not on this system")
 
+    def take_long(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
     monkeypatch.setattr(provenance.Path, "read_text", refuse)
-    monkeypatch.setattr(provenance.subprocess, "run", refuse)
-    made = provenance.machine(torch.device("cpu"))
-    assert made["processor"] == (platform.processor() or platform.machine()) and made["commit"] == ""
+    for run in (refuse, take_long):
+        monkeypatch.setattr(provenance.subprocess, "run", run)
+        made = provenance.machine(torch.device("cpu"))
+        assert made["processor"] == (platform.processor() or platform.machine()) and made["commit"] == ""

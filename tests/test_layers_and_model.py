@@ -178,6 +178,15 @@ def test_double_precision_works_throughout(make_model):
     assert_close(logits.float(), model.float()(TOKENS)[0])
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_works_throughout_and_keeps_S_whole(kind, make_model):
+    model = make_model("ag")
+    wanted = model(TOKENS)[0]
+    logits, S = model.to(kind)(TOKENS)
+    assert logits.dtype == kind and S[0].dtype == torch.float32
+    torch.testing.assert_close(logits.float(), wanted, rtol=0.1, atol=0.2)
+
+
 @pytest.mark.parametrize("carry, passes", [("hidden", 1), ("hidden", 2), ("inject", 2), ("embed", 2)])
 def test_gradient_reaches_every_parameter(carry, passes, make_model):
     task = GraphRetrieval(nodes=4, hops=2, queries=4, windows=2)
