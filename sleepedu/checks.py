@@ -14,6 +14,22 @@ def whole(name: str, value: object, least: int, most: int = MOST) -> None:
         raise ValueError(f"{name} must {limits}, got {value}")
 
 
+def different(name: str, values: object, least: int) -> None:
+    """Raise ValueError, which names the setting, unless values is a tuple of different ints of at least ``least``."""
+    if not isinstance(values, tuple):
+        raise ValueError(f"{name} must be a tuple of whole numbers, got {values!r}")
+    for value in values:
+        whole(f"each of {name} {values}", value, least)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must be different numbers, got {values}")
+
+
+def flag(name: str, value: object) -> None:
+    """Raise ValueError, which names the setting, unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def finite(name: str, value: object) -> None:
     """Raise ValueError, which names the setting, unless value is a finite int or float."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):

@@ -10,7 +10,7 @@ from sleepedu import checks
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
 from sleepedu.tasks.base import Episode, Task
-from sleepedu.training import TESTING, stream
+from sleepedu.training import TESTING, check_task, stream
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 BATCH = 500  # examples that are read at once
@@ -42,13 +42,12 @@ def accuracy_by_depth(
     interval is wider than it need be. Examples come from another random stream than training's; where a task is small,
     some may coincide.
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
-    outside 0..2^32 - 1 or a vocabulary smaller than the task's.
+    outside 0..2^32 - 1, a vocabulary smaller than the task's or a scoring other than "each" and "all".
     """
     check_passes(passes)
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
-    if model.config.vocabulary < len(task.words):
-        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    check_task(model, task)
     device = model.head.weight.device
     table = {}
     for depth in task.depths:

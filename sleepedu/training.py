@@ -25,7 +25,7 @@ from sleepedu import checks, distributed, kernel, storage
 from sleepedu.checkpoint import Checkpoint, History, Progress
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
-from sleepedu.tasks.base import Episode, Task
+from sleepedu.tasks.base import UNSCORED, Episode, Task
 
 TRAINING, TESTING = 0, 1  # the two streams of examples
 STRIDE = 1_000_003  # batches of one stream, before the next one begins
@@ -100,12 +100,12 @@ def train(
     compile: let ``torch.compile`` merge the blocks' small operations, which costs up to a minute at the beginning and
     makes a step 15 to 40% faster, by task and machine; where there is no compiler, training goes on without.
     recompute: as in ``run_episode``, much less memory for about a third more time.
-    Raises ValueError when the model's vocabulary is smaller than the task's, the batch does not divide among the
-    ranks, or the directory's checkpoint is broken or of other settings; BlockingIOError when another process trains in
-    that directory; FloatingPointError when the loss is no longer a number.
+    Raises ValueError when the model's vocabulary is smaller than the task's, the task's episodes are not what it says
+    or ask nothing, the batch does not divide among the ranks, or the directory's checkpoint is broken or of other
+    settings; BlockingIOError when another process trains in that directory; FloatingPointError when the loss is no
+    longer a number.
     """
-    if model.config.vocabulary < len(task.words):
-        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    check_task(model, task)
     distributed.check_batch(config.batch)
     device = model.head.weight.device
     if device.type == "cpu":
@@ -168,6 +168,14 @@ def train(
                 checkpoint.save(history, progress)
     model.eval()
     return history
+
+
+def check_task(model: SleepLM, task: Task) -> None:
+    """Raise ValueError unless the model knows as many words as the task has, and it is known how the task is scored."""
+    if model.config.vocabulary < len(task.words):
+        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    if task.scoring not in ("each", "all"):
+        raise ValueError(f"scoring {task.scoring!r} of the {task.name} task is unknown: use 'each' or 'all'")
 
 
 def learn(
@@ -301,8 +309,14 @@ def tokens_per_example(task: Task) -> int:
 
 
 def majority_loss(task: Task) -> float:
-    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples."""
+    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples.
+
+    Raises ValueError for episodes that do not have the task's windows and prompt, or that ask nothing.
+    """
     episode = task.sample(4096, stream(0, TESTING, 0))
+    task.check(episode)
+    if not episode.asked.any():
+        raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
     answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
     share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
     return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)

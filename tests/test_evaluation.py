@@ -195,6 +195,12 @@ def test_wrong_settings_are_named(make_model):
     with pytest.raises(ValueError, match="the task has 8 words, the model a vocabulary of 7"):
         accuracy_by_depth(make_model(vocabulary=7), GRAPH, 1)
 
+    class Odd(GraphRetrieval):
+        scoring = "some"
+
+    with pytest.raises(ValueError, match="scoring 'some' of the graph task is unknown: use 'each' or 'all'"):
+        accuracy_by_depth(make_model(), Odd(nodes=4, hops=3, queries=2), 1)
+
 
 def table(*shares, majority=0.25):
     return {depth: Accuracy(share, 0.0, 1.0, 2000, majority) for depth, share in enumerate(shares, start=1)}

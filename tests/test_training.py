@@ -191,6 +191,27 @@ def test_a_vocabulary_that_is_too_small_is_refused(make_model):
         train(make_model(vocabulary=6), TASK, CONFIG)
 
 
+def test_a_task_that_is_not_what_it_says_is_refused(make_model):
+    class Silent(GraphRetrieval):
+        def sample(self, batch, generator, depth=None):
+            episode = super().sample(batch, generator, depth)
+            return replace(episode, targets=torch.full_like(episode.targets, -100))
+
+    class Short(GraphRetrieval):
+        prompt_length = 5
+
+    class Odd(GraphRetrieval):
+        scoring = "some"
+
+    for kind, message in (
+        (Silent, "the graph task asks nothing: all its targets are -100"),
+        (Short, "the graph task asks with 5 tokens, the episode with 6"),
+        (Odd, "scoring 'some' of the graph task is unknown: use 'each' or 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(make_model(), kind(nodes=4, hops=2, queries=3), CONFIG)
+
+
 def test_rate_warms_up_stays_and_decays_to_nothing():
     config = TrainConfig(steps=20, warmup=4, decay=0.25)
     rates = [config.rate(step) for step in range(20)]

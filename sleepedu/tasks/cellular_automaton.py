@@ -35,10 +35,9 @@ class CellularAutomaton(Task):
     def __post_init__(self):
         checks.whole("cells", self.cells, least=3)
         checks.whole("rows", self.rows, least=1)
-        for t in self.steps:
-            checks.whole(f"each of steps {self.steps}", t, least=1)
-        if not self.steps or len(set(self.steps)) < len(self.steps):
-            raise ValueError(f"steps must be different whole numbers of at least 1, got {self.steps}")
+        checks.different("steps", self.steps, least=1)
+        if not self.steps:
+            raise ValueError("steps must have a number at least, got ()")
         if self.ask not in ("first", "every"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
         if self.ask == "every" and self.rows != 1:
