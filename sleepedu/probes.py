@@ -380,7 +380,7 @@ def _reads(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice) -> Tens
     _, heads, d_v, d_k = S[0].shape
     if len(S) > 1 or d_v < d_k:
         return query(model, prompt, S, asked)[1]
-    eye = torch.eye(d_v, d_k).expand(1, heads, d_v, d_k)  # an S that reads q itself
+    eye = torch.eye(d_v, d_k, dtype=S[0].dtype).expand(1, heads, d_v, d_k)  # an S that reads q itself
     q = query(model, prompt, (eye,), asked)[1].unflatten(-1, (heads, d_v))[0, :, :, :d_k]
     return torch.einsum("bhvk,phk->bphv", S[0], q).flatten(2)
 

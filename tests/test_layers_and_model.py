@@ -230,6 +230,7 @@ def test_wrong_configuration_is_named(settings, message):
         (torch.tensor([[11, 3]]), "token 11 is outside the vocabulary: ids are 0 to 10"),
         (torch.tensor([[1.0, 2.0]]), "tokens must be whole numbers"),
         (torch.tensor([1, 2]), r"tokens must be .* \(2,\)"),
+        (torch.zeros(1, 2, dtype=torch.long, device="meta"), "the tokens are on meta, the model on cpu: move them"),
     ],
 )
 def test_wrong_tokens_are_named(tokens, message, make_model):
@@ -245,6 +246,7 @@ def test_wrong_tokens_are_named(tokens, message, make_model):
         ((torch.zeros(2, 2, 8, 4),), r"S must have shape \(2, 2, 8, 8\), got \(2, 2, 8, 4\)"),
         ((torch.zeros(1, 2, 8, 8),), r"S must have shape \(2, 2, 8, 8\), got \(1, 2, 8, 8\)"),
         ((torch.zeros(2, 2, 8, 8, device="meta"),), "S is on meta, the model on cpu"),
+        ((torch.zeros(2, 2, 8, 8).double(),), "S must be torch.float32 for this model, got torch.float64"),
     ],
 )
 def test_wrong_fast_weights_are_named(S, message, make_model):
