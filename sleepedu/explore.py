@@ -124,7 +124,9 @@ class Explorer:
         words = [self.describe(*pair) for pair in pairs]
         key = f"explorer-{uuid.uuid4().hex[:8]}"
         controls = "".join(
-            _CONTROL.format(id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=values[0])
+            _CONTROL.format(
+                id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=html.escape(str(values[0]))
+            )
             for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True))
         )
         data = json.dumps({"values": [self.passes, self.depths], "frames": frames, "words": words})
@@ -133,7 +135,7 @@ class Explorer:
             controls=controls,
             first=frames[0],
             words=html.escape(words[0], quote=True),
-            data=data.replace("</", "<\\/"),
+            data=data.replace("<", "\\u003c"),  # neither a tag nor a comment may begin in a script
         )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:

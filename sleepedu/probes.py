@@ -166,8 +166,8 @@ def load(path: Path | str) -> Probes:
 def probe(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any]:
     """Return the probes of a model as plain numbers: ``steps``, ``examples``, ``each`` and ``whole`` of ``Probes``.
 
-    Raises ValueError for a model without fast weights, or a task other than a graph with names of one token or an
-    automaton of one row, asked for all bits, in one window.
+    Raises ValueError for a model without fast weights, a task other than a graph with names of one token or an
+    automaton of one row, asked for all bits, in one window, or too few different examples.
     """
     _questions(task)
     if not model.fast_layers:
@@ -201,6 +201,12 @@ def _examples(task: Task, settings: Settings) -> tuple[tuple[int, ...], list[tup
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
     steps, labels = hidden_states(task, episode)
     parts = split(episode.windows.flatten(1), labels[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))
+    if min(map(len, parts)) < 2:
+        counts = ", ".join(str(len(part)) for part in parts)
+        raise ValueError(
+            f"{settings.episodes} episodes have {counts} different examples to fit, choose and test with, and each takes "
+            "2: draw more episodes, or of a larger task"
+        )
     return steps, [(episode.windows[part, 0], labels[part]) for part in parts]
 
 

@@ -190,6 +190,9 @@ def test_wrong_values_are_named_with_those_allowed(tiny_run, tmp_path, make_mode
         made.table("S", 3)
     with pytest.raises(ValueError, match="layout 'aa' has no fast weights to probe"):
         probes.probe(make_model("aa", vocabulary=len(GRAPH.words)), GRAPH, SMALL)
+    tiny = GraphRetrieval(nodes=3, hops=1, queries=1)
+    with pytest.raises(ValueError, match=r"100 episodes have \d+, \d+, \d+ different examples .* draw more episodes"):
+        probes.probe(make_model(vocabulary=len(tiny.words)), tiny, Settings(episodes=100))
     for task in (MathReasoning(), CellularAutomaton(rows=2, ask="first"), GraphRetrieval(windows=2)):
         with pytest.raises(ValueError, match="has no probe: use a graph with name_tokens=1"):
             probes.hidden_states(task, task.sample(1, torch.Generator()))
