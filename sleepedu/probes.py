@@ -204,8 +204,8 @@ def _examples(task: Task, settings: Settings) -> tuple[tuple[int, ...], list[tup
     if min(map(len, parts)) < 2:
         counts = ", ".join(str(len(part)) for part in parts)
         raise ValueError(
-            f"{settings.episodes} episodes have {counts} different examples to fit, choose and test with, and each takes "
-            "2: draw more episodes, or of a larger task"
+            f"{settings.episodes} episodes have {counts} different examples to fit, choose and test with, "
+            "and each takes 2: draw more episodes, or of a larger task"
         )
     return steps, [(episode.windows[part, 0], labels[part]) for part in parts]
 
@@ -404,29 +404,18 @@ def _readable(stored: dict[str, Any]) -> str:
     return re.sub(r"\[[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
 
 
-def changes(trace: SleepTrace, window: int = -1) -> Tensor:
-    """Return ``|S_n - S_(n-1)| / |S_n|`` of every head, mean over the batch: (passes, layers, heads)."""
-    S = _stack(trace, window)
-    return ((S[1:] - S[:-1]).norm(dim=(-2, -1)) / S[1:].norm(dim=(-2, -1))).mean(dim=2)
-
-
-def turns(trace: SleepTrace, window: int = -1) -> Tensor:
+def turns(trace: SleepTrace) -> Tensor:
     """Return the angle in degrees between S of one pass and the next, as vectors, from pass 2 on, mean over the batch.
 
-    (passes - 1, layers, heads). 90 degrees is what two unrelated matrices have between them.
+    (passes - 1, layers, heads), of the last window. 90 degrees is what two unrelated matrices have between them.
     """
-    S = _stack(trace, window)[1:].flatten(-2)
+    S = trace.stack()[1:].flatten(-2)
     return F.cosine_similarity(S[1:], S[:-1], dim=-1).clamp(-1, 1).acos().rad2deg().mean(dim=2)
 
 
-def singular_values(trace: SleepTrace, window: int = -1) -> Tensor:
+def singular_values(trace: SleepTrace) -> Tensor:
     """Return the singular values of S after every pass, largest first, mean over the batch.
 
-    (passes, layers, heads, min(d_v, d_k)).
+    (passes, layers, heads, min(d_v, d_k)), of the last window.
     """
-    return torch.linalg.svdvals(_stack(trace, window)[1:]).mean(dim=2)
-
-
-def _stack(trace: SleepTrace, window: int) -> Tensor:
-    """Return S before and after every pass as one tensor: (passes + 1, layers, b, heads, d_v, d_k)."""
-    return torch.stack([torch.stack(S).float() for S in trace.S[window]])
+    return torch.linalg.svdvals(trace.stack()[1:]).mean(dim=2)

@@ -43,25 +43,30 @@ class SleepTrace:
     a: list[list[Tensor]] = field(default_factory=list)
     b: list[list[Tensor]] = field(default_factory=list)
 
+    def stack(self, window: int = -1) -> Tensor:
+        """Return S before and after every pass as one tensor, (passes + 1, fast-weight layers, b, heads, d_v, d_k).
+
+        Raises ValueError for the trace of a model without fast weights.
+        """
+        if not self.S[window][0]:
+            raise ValueError("there is no S in this trace: trace a model that has 'g' in its layout")
+        return torch.stack([torch.stack(S).float() for S in self.S[window]])
+
     def norms(self, window: int = -1) -> Tensor:
         """Return the Frobenius norm of S, mean over the batch: (passes + 1, fast-weight layers)."""
-        return torch.stack([torch.stack([_norm(s).mean() for s in S]) for S in self.S[window]])
+        return self.stack(window).flatten(3).norm(dim=-1).mean(dim=2)
 
-    def changes(self, window: int = -1) -> Tensor:
-        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass n, mean over the batch: (passes, fast-weight layers)."""
-        steps = zip(self.S[window], self.S[window][1:], strict=False)
-        return torch.stack(
-            [torch.stack([(_norm(t - s) / _norm(t)).mean() for s, t in zip(S, T, strict=True)]) for S, T in steps]
-        )
+    def changes(self, window: int = -1, by_head: bool = False) -> Tensor:
+        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass n, mean over the batch: (passes, fast-weight layers).
+
+        by_head: of every head by itself, (passes, fast-weight layers, heads).
+        """
+        S = self.stack(window).flatten(-2 if by_head else 3)
+        return ((S[1:] - S[:-1]).norm(dim=-1) / S[1:].norm(dim=-1)).mean(dim=2)
 
     def hidden_norms(self, window: int = -1) -> Tensor:
         """Return the root mean square of h after every block and pass: (passes, layers)."""
         return torch.stack([h.float().square().mean(dim=(1, 2, 3)).sqrt() for h in self.h[window]])
-
-    def hidden_changes(self, window: int = -1) -> Tensor:
-        """Return ``|h_n - h_(n-1)| / |h_n|`` after every block, from pass 2 on: (passes - 1, layers)."""
-        h = torch.stack(self.h[window]).float().flatten(2)  # (passes, layers, b * l * w)
-        return (h[1:] - h[:-1]).norm(dim=-1) / h[1:].norm(dim=-1)
 
     def _begin(self, S: FastWeights) -> None:
         self.S.append([tuple(matrix.detach() for matrix in S)])
@@ -88,10 +93,6 @@ class SleepTrace:
         log_a, b = (torch.stack(values) for values in zip(*gates, strict=True)) if gates else (torch.empty(0),) * 2
         self.a[-1].append(log_a.exp())
         self.b[-1].append(b)
-
-
-def _norm(S: Tensor) -> Tensor:
-    return S.float().flatten(1).norm(dim=1)
 
 
 def sleep(

@@ -202,12 +202,12 @@ def test_what_a_pass_does_to_each_head(make_model):
     trace = SleepTrace()
     with torch.no_grad():
         sleep(make_model("agag"), torch.randint(11, (3, 6)), passes=4, trace=trace)
-    assert probes.changes(trace).shape == (4, 2, 2)
+    assert trace.changes(by_head=True).shape == (4, 2, 2)
     assert probes.turns(trace).shape == (3, 2, 2)
     assert probes.singular_values(trace).shape == (4, 2, 2, 8)
     before, after = (S[1][:, 0].flatten(1) for S in trace.S[0][2:4])  # layer 2, head 1, passes 2 and 3
     change = ((after - before).norm(dim=1) / after.norm(dim=1)).mean()
-    torch.testing.assert_close(probes.changes(trace)[2, 1, 0], change)
+    torch.testing.assert_close(trace.changes(by_head=True)[2, 1, 0], change)
     cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
     torch.testing.assert_close(probes.turns(trace)[1, 1, 0], cosine.acos().rad2deg().mean(), rtol=1e-3, atol=1e-3)
     sizes = probes.singular_values(trace)[3].square().sum(-1).sqrt()
