@@ -320,14 +320,14 @@ def dependencies(
 
 
 @_figure
-def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: int = -1) -> Figure:
-    """Draw S of one fast-weight layer after every pass, a row per head, on one colour scale.
+def fast_weights(trace: "SleepTrace") -> Figure:
+    """Draw S after every pass, a row per head, on one colour scale: of the first example, in the last window.
 
-    Blue is negative, red positive, white zero.
+    Of several fast-weight layers it is the first. Blue is negative, red positive, white zero.
     """
-    passes = [S[layer][example].float().cpu() for S in trace.S[window]][1:]
-    heads = len(passes[0])
-    reach = torch.stack(passes).abs().quantile(0.995).item()
+    passes = trace.stack()[1:, 0, 0].cpu()  # (n, heads, d_v, d_k)
+    heads = passes.shape[1]
+    reach = passes.abs().quantile(0.995).item()
     figure, axes = plt.subplots(
         heads, len(passes), figsize=(1.25 * len(passes) + 0.6, 1.25 * heads + 0.4), squeeze=False
     )
@@ -345,15 +345,15 @@ def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: 
 
 
 @_figure
-def pass_changes(traces: Mapping[str, "SleepTrace"], layer: int = 0, window: int = -1) -> Figure:
-    """Draw how much every pass changes S, ``|S_n - S_(n-1)| / |S_n|``, a curve per trace.
+def pass_changes(traces: Mapping[str, "SleepTrace"], window: int = -1) -> Figure:
+    """Draw how much every pass changes the first layer's S, ``|S_n - S_(n-1)| / |S_n|``, a curve per trace.
 
     Raises ValueError without a trace.
     """
     _check_some("traces", traces)
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     for position, (label, trace) in enumerate(traces.items()):
-        change = trace.changes(window)[:, layer].tolist()
+        change = trace.changes(window)[:, 0].tolist()
         axes.plot(range(1, len(change) + 1), change, marker="o", color=colour(label, position), label=label)
     axes.set(xlabel="pass n", ylabel="change of S in this pass", xticks=range(1, len(change) + 1))
     axes.set_ylim(bottom=0)
