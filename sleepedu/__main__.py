@@ -15,7 +15,7 @@ import torch
 
 from sleepedu import benchmark, checks, distributed, experiments, live, probes, reproduction, storage
 from sleepedu import results as tables
-from sleepedu.evaluation import Table, accuracy_by_depth, differ
+from sleepedu.evaluation import Table, accuracy_by_depth, differing
 from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
 from sleepedu.training import print_progress
@@ -81,19 +81,19 @@ def evaluate(options: argparse.Namespace) -> int:
     for run in runs:
         task, passes = run.make_task(), run.settings["train"]["passes"]
         table = accuracy_by_depth(run.load_model(options.device), task, passes, options.examples, options.seed)
-        differs = {depth: differ(found, run.table[depth], comparisons) for depth, found in table.items()}
-        apart += sum(differs.values())
+        differs = differing(table, run.table, comparisons)
+        apart += len(differs)
         rows.append(
             {
                 **run.row(),
                 "stored": _rows(run.table),
                 "seed_of_examples": options.seed,
                 "depths": _rows(table),
-                "differs": [depth for depth in table if differs[depth]],
+                "differs": differs,
             }
         )
         if not options.json:
-            notes = {d: f"{run.table[d].accuracy:6.3f}{'  differs' if differs[d] else ''}" for d in table}
+            notes = {d: f"{run.table[d].accuracy:6.3f}{'  differs' if d in differs else ''}" for d in table}
             print(run.name)
             _print_table(table, task.depth_name, {"stored": notes})
             sys.stdout.flush()

@@ -116,6 +116,11 @@ def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
     return more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy)
 
 
+def differing(one: Table, other: Table, comparisons: int) -> list[int]:
+    """Return the depths at which two tables of the same depths ``differ``, for as many comparisons."""
+    return [depth for depth, accuracy in one.items() if differ(accuracy, other[depth], comparisons)]
+
+
 def across_seeds(tables: list[Table]) -> Table:
     """Return the mean over runs that differ in their seed, with Student's 95% interval for that mean (clipped to 0..1).
 
