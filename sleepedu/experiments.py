@@ -196,6 +196,7 @@ def run(
     directory: Path | str = OWN,
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
+    *,
     compile: bool | None = None,
     recompute: bool = False,
 ) -> Run | None:
@@ -218,7 +219,9 @@ def run(
                 if store != COMMITTED:
                     Checkpoint.remove(path)  # there is one when the run was killed as it finished
                 return found
-    return train_and_store(experiment, Path(directory) / experiment.name, where, watch, examples, compile, recompute)
+    return train_and_store(
+        experiment, Path(directory) / experiment.name, where, watch, examples, compile=compile, recompute=recompute
+    )
 
 
 def train_and_store(
@@ -227,6 +230,7 @@ def train_and_store(
     device: torch.device,
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
+    *,
     compile: bool | None = None,
     recompute: bool = False,
 ) -> Run | None:
@@ -241,7 +245,7 @@ def train_and_store(
                 stack.enter_context(storage.sole_use(path))
             torch.manual_seed(experiment.seed)
             model = SleepLM(experiment.model_config).to(device)
-            history = train(model, task, experiment.train_config, path, watch, compile, recompute)
+            history = train(model, task, experiment.train_config, path, watch, compile=compile, recompute=recompute)
             ranks = distributed.ranks()
         if not distributed.is_first():
             return None

@@ -28,7 +28,7 @@ from sleepedu.sleep import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
 from sleepedu.tasks.cellular_automaton import space_time
-from sleepedu.training import MOST_SEED, TESTING, stream
+from sleepedu.training import TESTING, stream
 
 VERSION = 1  # of the stored form
 READERS = {
@@ -64,7 +64,7 @@ class Settings:
     def __post_init__(self):
         check_passes(self.passes)
         checks.whole("episodes", self.episodes, least=100)  # to fit, choose and test
-        checks.whole("seed", self.seed, least=0, most=MOST_SEED)
+        checks.seed(self.seed)
 
 
 @dataclass(frozen=True)

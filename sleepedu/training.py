@@ -29,7 +29,6 @@ from sleepedu.tasks.base import UNSCORED, Episode, Task
 
 TRAINING, TESTING = 0, 1  # the two streams of examples
 STRIDE = 1_000_003  # batches of one stream, before the next one begins
-MOST_SEED = 2**32 - 1
 COMPILED = ("blocks", "write")  # the model's methods that run a pass
 
 
@@ -57,7 +56,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_passes(self.passes)
-        checks.whole("seed", self.seed, least=0, most=MOST_SEED)
+        checks.seed(self.seed)
         checks.whole("steps", self.steps, least=1)
         checks.whole("batch", self.batch, least=1)
         checks.whole("warmup", self.warmup, least=0)
@@ -87,6 +86,7 @@ def train(
     config: TrainConfig,
     directory: Path | str | None = None,
     watch: Callable[[History, TrainConfig], None] | None = None,
+    *,
     compile: bool = False,
     recompute: bool = False,
 ) -> History:
@@ -294,7 +294,7 @@ def stream(seed: int, purpose: int, number: int) -> torch.Generator:
 
     Raises ValueError for a seed outside 0..2^32 - 1.
     """
-    checks.whole("seed", seed, least=0, most=MOST_SEED)
+    checks.seed(seed)
     mixed = (seed * 2 + purpose) * STRIDE + number
     if number >= STRIDE or mixed >= 2**32:
         # The generator takes 32 bits of its seed and ignores the rest. Where these do not tell all streams apart, a

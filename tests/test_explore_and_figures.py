@@ -225,7 +225,7 @@ def test_seeds_stay_inside_their_limits():
     seed.value = -3
     assert seed.value == 0 and words.value.startswith("ring 0:")
     seed.value = 2**40
-    assert seed.value == 2**31 - 1 and words.value.startswith("ring 2147483647:")
+    assert seed.value == 2**32 - 1 and words.value.startswith("ring 4294967295:")
     button.click()
     assert seed.value == 0 and words.value.startswith("ring 0:")
 
@@ -290,8 +290,8 @@ def test_the_first_picture_raises_where_it_is_asked_for():
     "wrong, message",
     [
         ({"new_example": 7}, "new_example must be a function of a seed, or None, got 7"),
-        ({"seed": -1}, "seed must lie in 0..2147483647, got -1"),
-        ({"seed": 2**31}, "seed must lie in 0..2147483647, got 2147483648"),
+        ({"seed": -1}, "seed must lie in 0..4294967295, got -1"),
+        ({"seed": 2**32}, "seed must lie in 0..4294967295, got 4294967296"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": True}, "seed must be a whole number, got True"),
     ],
