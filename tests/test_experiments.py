@@ -1,5 +1,6 @@
 """The run store: what is stored, found again, refused; and that the committed runs are what they say."""
 
+import itertools
 import json
 import platform
 import random
@@ -55,12 +56,10 @@ def test_every_recipe_makes_a_task_a_model_and_a_training_run(task, size):
         assert run_episode(SleepLM(config), episode, 1).isfinite().all()
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("task, size", [pair for pair in itertools.product(TASKS, SIZES) if pair not in RECIPES])
 def test_a_size_without_a_recipe_is_refused_by_name(task, size):
-    if (task, size) not in RECIPES:
-        with pytest.raises(ValueError, match=f"{task}.*{size}|{size}.*{task}"):
-            Experiment(task, size)
+    with pytest.raises(ValueError, match=f"task '{task}' has no size '{size}'"):
+        Experiment(task, size)
 
 
 def test_models_differ_in_what_they_say_they_differ_in():
@@ -191,11 +190,6 @@ def test_a_stored_run_of_another_recipe_is_not_taken(tiny_experiment, copy_of_ru
 def test_the_same_experiment_gives_the_same_run(tiny_run, tiny_experiment, tmp_path):
     again = experiments.run(tiny_experiment, "cpu", tmp_path, examples=20)
     assert again.history.loss == tiny_run.history.loss and again.table == tiny_run.table
-
-
-def test_passes_and_models_share_the_first_batch_but_not_the_outcome(tiny_run, tiny_experiment, tmp_path):
-    other = experiments.run(replace(tiny_experiment, passes=1), "cpu", tmp_path, examples=20)
-    assert other.history.loss != tiny_run.history.loss
 
 
 def test_stored_runs_are_those_that_finished_in_order(copy_of_run):
