@@ -152,7 +152,11 @@ class Run:
         return TASKS[str(settings.pop("name"))](**settings)
 
     def load_model(self, device: str = "cpu") -> SleepLM:
-        """Return the trained model. Raises FileNotFoundError or ValueError for missing or broken weights."""
+        """Return the trained model.
+
+        Raises FileNotFoundError or ValueError for missing or broken weights, ValueError for a device that is unknown
+        or not there.
+        """
         path = self.path / "weights.pt"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: the run cannot be used without its weights")

@@ -105,8 +105,14 @@ class Probes:
         }
 
     def json(self) -> str:
-        """Return everything as JSON, as it is stored."""
-        return _readable({"version": VERSION, **asdict(self)})
+        """Return everything as JSON, as it is stored, with null for nan."""
+        stored = {"version": VERSION, **asdict(self)}
+        for shares in (stored["each"], stored["whole"]):
+            for reader, rows in shares.items():
+                shares[reader] = [[None if math.isnan(share) else share for share in row] for row in rows]
+        text = json.dumps(stored, indent=1, allow_nan=False)
+        # A row of numbers is one line. No line ends inside a string, so a bracket at the end of one begins a list.
+        return re.sub(r"\[\n[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
 
     def lines(self) -> list[str]:
         """Return the tables as text: a line per reader and pass."""
@@ -126,7 +132,8 @@ def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) 
     """Return the stored probes of a run with these settings, or make and store them now (about half a minute).
 
     Looks in the committed store, then in ``directory``, where new ones go.
-    Raises ValueError for a run that cannot be probed (see ``probe``).
+    Raises ValueError for a run that cannot be probed (see ``probe``) or probes or weights that are broken,
+    FileNotFoundError for a run without weights, OSError when the probes cannot be written.
     """
     settings = settings or Settings()
     weights = run.weights[:16]
@@ -396,12 +403,6 @@ def _share_right(given: Tensor, truth: Tensor, whole: bool) -> list[float]:
     right = given == truth
     shares = (right.all(dim=2) if whole else right.double().mean(dim=2)).double().mean(dim=0)
     return [round(share, 5) for share in shares.where((given >= 0).any(dim=2).any(dim=0), math.nan).tolist()]
-
-
-def _readable(stored: dict[str, Any]) -> str:
-    """Return JSON with a line for every row of numbers, and null for nan."""
-    text = json.dumps(stored, indent=1).replace("NaN", "null")
-    return re.sub(r"\[[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
 
 
 def turns(trace: SleepTrace) -> Tensor:

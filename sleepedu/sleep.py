@@ -107,7 +107,8 @@ def sleep(
 
     tokens: (b, l) of the window. S: the fast weights so far, empty when None. passes: N, at least 1.
     recompute: as in ``run_episode``.
-    Raises ValueError for N < 1, tokens outside the vocabulary or an S that does not fit. Algorithm 1, consolidation.
+    Raises ValueError for N < 1, tokens outside the vocabulary, an S that does not fit or a model that keeps its cache.
+    Algorithm 1, consolidation.
     """
     check_passes(passes)
     _check_sleeps(model)
@@ -218,7 +219,7 @@ def run_episode(
 
     recompute: for the gradient, keep only the h and S that enter each pass and compute the rest again when its turn
     comes; the gradient is the same, for about a third more time.
-    Raises ValueError for N < 1 or tokens outside the vocabulary.
+    Raises ValueError for N < 1, N > 1 with a model that keeps its cache, or tokens outside the vocabulary.
     """
     check_passes(passes)
     if model.config.keeps_cache:
@@ -240,9 +241,7 @@ def _read_whole(model: SleepLM, episode: Episode, passes: int) -> Tensor:
 
 def check_passes(passes: int) -> None:
     """Raise ValueError unless N, the number of sleep passes, is a whole number of at least 1."""
-    if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= checks.MOST:
-        most = f" and at most {checks.MOST}" if isinstance(passes, int) and passes > 1 else ""
-        raise ValueError(f"passes (N) must be a whole number of at least 1{most}, got {passes!r}")
+    checks.whole("passes (N)", passes, least=1)
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,8 @@ class Session:
 
     window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. However much it reads,
     it keeps no more than one window and S. ``S`` is the fast weights, ``tokens_read`` and ``sleeps`` count.
-    Raises ValueError for a window or N below 1.
+    Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, or a model that
+    keeps its cache.
     """
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):

@@ -140,8 +140,16 @@ def test_an_unasked_step_survives_the_store_and_is_not_in_a_table(tiny_run, tmp_
     made = probes.of(tiny_run, SMALL, tmp_path)
     unknown = replace(made, each={**made.each, "awake": [[math.nan, 0.5, 1.0]]})
     assert list(unknown.table("awake")) == [2, 3]
-    rows = json.loads(probes._readable({"each": unknown.each["awake"]}))
-    assert rows == {"each": [[None, 0.5, 1.0]]}
+    assert json.loads(unknown.json())["each"]["awake"] == [[None, 0.5, 1.0]]
+    storage.write(tmp_path / "unknown.json", unknown.json().encode())
+    assert str(probes.load(tmp_path / "unknown.json")) == str(unknown)  # nan is not equal to nan
+
+
+def test_what_is_stored_of_probes_is_what_is_loaded(tiny_run, tmp_path):
+    made = replace(probes.of(tiny_run, SMALL, tmp_path), provenance={"processor": "NaN [two  spaces]"})
+    assert json.loads(made.json())["provenance"] == made.provenance
+    for path in (COMMITTED / "probes").glob("*.json"):
+        assert probes.load(path).json() == path.read_text()
 
 
 def test_the_command_prints_tables_or_json(tiny_run, tmp_path, capsys):
@@ -177,7 +185,7 @@ def test_broken_probes_are_refused(content, tmp_path):
 
 
 def test_wrong_values_are_named_with_those_allowed(tiny_run, tmp_path, make_model):
-    with pytest.raises(ValueError, match=r"passes \(N\) must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"passes \(N\) must be at least 1, got 0"):
         Settings(passes=0)
     with pytest.raises(ValueError, match="episodes must be at least 100, got 99"):
         Settings(episodes=99)
