@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import benchmark, checks, distributed, experiments, live, probes, reproduction
+from sleepedu import benchmark, checks, distributed, experiments, live, probes, reproduction, storage
 from sleepedu import results as tables
-from sleepedu.evaluation import Table, accuracy_by_depth, differ
+from sleepedu.evaluation import Table, accuracy_by_depth, differing
 from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
 from sleepedu.training import print_progress
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError) as error:
-        return _fail(str(error))
+    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(storage.first_line(error))
     except KeyboardInterrupt:
         if distributed.first_to_fail():
             print("\nsleepedu: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -71,29 +71,34 @@ def train(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     # All runs are looked for before one is measured.
     runs = [experiments.load(run) for run in options.run] or experiments.stored_runs()
+    if not runs:
+        raise ValueError("there are no stored runs to measure: train one and name it")
+    for run in runs:
+        if options.seed == run.experiment.seed:
+            raise ValueError(f"seed {options.seed} drew the examples of the stored table of {run.name}: take another")
     comparisons = sum(len(run.table) for run in runs)
     rows, apart = [], 0
     for run in runs:
         task, passes = run.make_task(), run.settings["train"]["passes"]
         table = accuracy_by_depth(run.load_model(options.device), task, passes, options.examples, options.seed)
-        differs = {depth: differ(found, run.table[depth], comparisons) for depth, found in table.items()}
-        apart += sum(differs.values())
+        differs = differing(table, run.table, comparisons)
+        apart += len(differs)
         rows.append(
             {
                 **run.row(),
                 "stored": _rows(run.table),
                 "seed_of_examples": options.seed,
                 "depths": _rows(table),
-                "differs": [depth for depth in table if differs[depth]],
+                "differs": differs,
             }
         )
         if not options.json:
-            notes = {d: f"{run.table[d].accuracy:6.3f}{'  differs' if differs[d] else ''}" for d in table}
+            notes = {d: f"{run.table[d].accuracy:6.3f}{'  differs' if d in differs else ''}" for d in table}
             print(run.name)
             _print_table(table, task.depth_name, {"stored": notes})
             sys.stdout.flush()
     if options.json:
-        print(json.dumps(rows if len(rows) > 1 else rows[0], indent=1))
+        print(json.dumps(rows, indent=1))
     else:
         print(
             f"{apart or 'none'} of {comparisons} accuracies on examples of seed {options.seed} "
@@ -115,8 +120,7 @@ def probe(options: argparse.Namespace) -> None:
     runs = [experiments.load(run) for run in options.run]  # all of them are looked for before one is probed
     shown = [probes.of(run, settings, options.runs) for run in runs]
     if options.json:
-        texts = [found.json() for found in shown]
-        print(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
+        print(f"[{','.join(found.json() for found in shown)}]")
     else:
         print("\n\n".join("\n".join(found.lines()) for found in shown))
 
@@ -201,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", help="measure stored runs on fresh examples and compare")
     command.add_argument("run", nargs="*", help="a run's name or folder, or several; the committed ones when absent")
-    command.add_argument("--seed", type=int, default=1, help="of the examples")
+    command.add_argument("--seed", type=int, default=7, help="of the examples; another than the run's own")
     command.add_argument("--examples", type=int, default=2000, help="at every depth")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--threads", type=int, default=1, help=THREADS)

@@ -4,6 +4,8 @@ import math
 
 MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
 
+MOST_SEED = 2**32 - 1
+
 
 def whole(name: str, value: object, least: int, most: int = MOST) -> None:
     """Raise ValueError, which names the setting and what is allowed, unless value is an int in least..most."""
@@ -12,6 +14,27 @@ def whole(name: str, value: object, least: int, most: int = MOST) -> None:
     if not least <= value <= most:
         limits = f"be at least {least}" if most == MOST and value < least else f"lie in {least}..{most}"
         raise ValueError(f"{name} must {limits}, got {value}")
+
+
+def seed(value: object) -> None:
+    """Raise ValueError unless value is an int in 0..2^32 - 1."""
+    whole("seed", value, least=0, most=MOST_SEED)
+
+
+def different(name: str, values: object, least: int) -> None:
+    """Raise ValueError, which names the setting, unless values is a tuple of different ints of at least ``least``."""
+    if not isinstance(values, tuple):
+        raise ValueError(f"{name} must be a tuple of whole numbers, got {values!r}")
+    for value in values:
+        whole(f"each of {name} {values}", value, least)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must be different numbers, got {values}")
+
+
+def flag(name: str, value: object) -> None:
+    """Raise ValueError, which names the setting, unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def finite(name: str, value: object) -> None:

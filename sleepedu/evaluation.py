@@ -10,7 +10,7 @@ from sleepedu import checks
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
 from sleepedu.tasks.base import Episode, Task
-from sleepedu.training import TESTING, stream
+from sleepedu.training import TESTING, check_task, stream
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 BATCH = 500  # examples that are read at once
@@ -43,15 +43,15 @@ def accuracy_by_depth(
 
     An answer of several tokens is right when all of them are. The interval is Wilson's. An example counts once however
     many questions it asks, because questions about the same graph or row are not independent; where they are, the
-    interval is wider than it need be. Examples never coincide with training's.
+    interval is wider than it need be. Examples come from another random stream than training's; where a task is small,
+    some may coincide.
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
-    outside 0..2^32 - 1 or a vocabulary smaller than the task's.
+    outside 0..2^32 - 1, a vocabulary smaller than the task's or a scoring other than "each" and "all".
     """
     check_passes(passes)
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
-    if model.config.vocabulary < len(task.words):
-        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    check_task(model, task)
     device = model.head.weight.device
     table = {}
     for depth in task.depths:
@@ -118,6 +118,11 @@ def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
     low, _ = wilson_interval(more.accuracy, more.n, z)
     _, high = wilson_interval(less.accuracy, less.n, z)
     return more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy)
+
+
+def differing(one: Table, other: Table, comparisons: int) -> list[int]:
+    """Return the depths at which two tables of the same depths ``differ``, for as many comparisons."""
+    return [depth for depth, accuracy in one.items() if differ(accuracy, other[depth], comparisons)]
 
 
 def across_seeds(tables: list[Table]) -> Table:

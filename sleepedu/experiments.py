@@ -152,7 +152,11 @@ class Run:
         return TASKS[str(settings.pop("name"))](**settings)
 
     def load_model(self, device: str = "cpu") -> SleepLM:
-        """Return the trained model. Raises FileNotFoundError or ValueError for missing or broken weights."""
+        """Return the trained model.
+
+        Raises FileNotFoundError or ValueError for missing or broken weights, ValueError for a device that is unknown
+        or not there.
+        """
         path = self.path / "weights.pt"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: the run cannot be used without its weights")
@@ -196,6 +200,7 @@ def run(
     directory: Path | str = OWN,
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
+    *,
     compile: bool | None = None,
     recompute: bool = False,
 ) -> Run | None:
@@ -218,7 +223,9 @@ def run(
                 if store != COMMITTED:
                     Checkpoint.remove(path)  # there is one when the run was killed as it finished
                 return found
-    return train_and_store(experiment, Path(directory) / experiment.name, where, watch, examples, compile, recompute)
+    return train_and_store(
+        experiment, Path(directory) / experiment.name, where, watch, examples, compile=compile, recompute=recompute
+    )
 
 
 def train_and_store(
@@ -227,6 +234,7 @@ def train_and_store(
     device: torch.device,
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
+    *,
     compile: bool | None = None,
     recompute: bool = False,
 ) -> Run | None:
@@ -241,7 +249,7 @@ def train_and_store(
                 stack.enter_context(storage.sole_use(path))
             torch.manual_seed(experiment.seed)
             model = SleepLM(experiment.model_config).to(device)
-            history = train(model, task, experiment.train_config, path, watch, compile, recompute)
+            history = train(model, task, experiment.train_config, path, watch, compile=compile, recompute=recompute)
             ranks = distributed.ranks()
         if not distributed.is_first():
             return None

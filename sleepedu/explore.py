@@ -20,7 +20,6 @@ from PIL import Image
 from sleepedu import checks
 
 MOST_FRAMES, MOST_BYTES = 40, 300_000
-MOST_SEED = 2**31 - 1
 
 
 def explore(
@@ -37,8 +36,8 @@ def explore(
     passes, depths: the values of the two sliders, in order, numbers or words. describe: the picture in words, for
     readers who do not see it. new_example: makes the example of a seed the one that draw and describe speak of, or
     raises and leaves the one before; with it, a reader who has a kernel gets a button and a box for the seed.
-    seed: that of the example shown first, which is there already, 0..2**31-1. Raises ValueError for empty sliders, more
-    than 40 pictures or 300 kB of them, another seed, or a new_example that cannot be called.
+    seed: that of the example shown first, which is there already. Raises ValueError for empty sliders, more than 40
+    pictures or 300 kB of them, a seed outside 0..2^32 - 1, or a new_example that cannot be called.
     """
     if not passes or not depths:
         raise ValueError(f"both sliders need a value: got passes {list(passes)} and depths {list(depths)}")
@@ -46,7 +45,7 @@ def explore(
         raise ValueError(f"{len(passes)} x {len(depths)} pictures are too many for a page: {MOST_FRAMES} at most")
     if new_example is not None and not callable(new_example):
         raise ValueError(f"new_example must be a function of a seed, or None, got {new_example!r}")
-    checks.whole("seed", seed, least=0, most=MOST_SEED)
+    checks.seed(seed)
     return Explorer(draw, describe, tuple(passes), tuple(depths), names, new_example, seed)
 
 
@@ -88,7 +87,7 @@ class Explorer:
             ipywidgets.SelectionSlider(options=values, description=name, style={"description_width": "initial"})
             for name, values in zip(self.names, (self.passes, self.depths), strict=True)
         ]
-        seed = ipywidgets.BoundedIntText(self.seed, min=0, max=MOST_SEED, description="Seed")
+        seed = ipywidgets.BoundedIntText(self.seed, min=0, max=checks.MOST_SEED, description="Seed")
         button = ipywidgets.Button(description="New example")
         picture, words = ipywidgets.Image(format="png"), ipywidgets.HTML()
 
@@ -105,7 +104,7 @@ class Explorer:
                 words.value = html.escape(told)
 
         def next_seed(_button: object) -> None:
-            seed.value = (seed.value + 1) % (MOST_SEED + 1)
+            seed.value = (seed.value + 1) % (checks.MOST_SEED + 1)
 
         for control in (*sliders, seed):
             control.observe(changed, "value")
@@ -124,7 +123,9 @@ class Explorer:
         words = [self.describe(*pair) for pair in pairs]
         key = f"explorer-{uuid.uuid4().hex[:8]}"
         controls = "".join(
-            _CONTROL.format(id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=values[0])
+            _CONTROL.format(
+                id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=html.escape(str(values[0]))
+            )
             for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True))
         )
         data = json.dumps({"values": [self.passes, self.depths], "frames": frames, "words": words})
@@ -133,7 +134,7 @@ class Explorer:
             controls=controls,
             first=frames[0],
             words=html.escape(words[0], quote=True),
-            data=data.replace("</", "<\\/"),
+            data=data.replace("<", "\\u003c"),  # neither a tag nor a comment may begin in a script
         )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:

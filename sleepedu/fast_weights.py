@@ -26,7 +26,7 @@ from torch import Tensor
 def hebbian(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Add every association to the memory: S_t = S_{t-1} + v_t k_t^T (Hebb's rule; both gates are ignored).
 
-    Shapes as in the module's table. Raises ValueError for shapes or devices that do not fit together.
+    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
     """
 
     def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def hebbian(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor
 def gated(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Forget a little, then add: S_t = a_t S_{t-1} + b_t v_t k_t^T (the paper's general form).
 
-    Shapes as in the module's table. Raises ValueError for shapes or devices that do not fit together.
+    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
     """
 
     def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def gated(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) 
 def delta(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Write only what the memory gets wrong: S_t = S_{t-1} + b_t (v_t - S_{t-1} k_t) k_t^T (log_a is ignored).
 
-    Shapes as in the module's table. Raises ValueError for shapes or devices that do not fit together.
+    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
     """
 
     def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Te
     """Forget, then correct what is left: S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T.
 
     The same as S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T (Yang et al. 2024, equation 10).
-    Shapes as in the module's table. Raises ValueError for shapes or devices that do not fit together.
+    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
     """
 
     def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def gated_delta_chunked(
     o_t = e^(g_t) S_0 q_t + sum_{i<=t} e^(g_t - g_i) (q_t . k_i) u_i, and S_C likewise. All exponents are at most 0.
 
     Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``, the most tokens that are taken at a
-    time. Raises ValueError for shapes or devices that do not fit together, or a chunk below 1.
+    time. Raises ValueError for shapes, devices or dtypes that do not fit together, or a chunk below 1.
     """
     check_inputs(q, k, v, log_a, b, S)
     if chunk < 1:
@@ -211,7 +211,7 @@ def _token_by_token(
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> None:
-    """Raise ValueError, which names the tensor, unless shapes and devices fit together as the module's table has it."""
+    """Raise ValueError, which names the tensor, unless shapes are the module's table's, and devices and dtypes one."""
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q and v must be (batch, heads, length, size), got {tuple(q.shape)} and {tuple(v.shape)}")
     batch, heads, length, d_k = q.shape
@@ -230,3 +230,5 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: T
             raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(tensor.shape)}")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}: move them to one device")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, q {q.dtype}: make them of one kind")

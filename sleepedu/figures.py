@@ -79,19 +79,22 @@ def new_figure(
 
 def colour(label: str, position: int = 0) -> str:
     """Return the colour of a curve: that of its N for labels such as "N=4", otherwise one by position."""
-    if label.startswith("N="):
-        digits = label[2:].split()[0].split(",")[0]
-        if digits.isdigit() and int(digits) in PASS_COLOURS and label == f"N={digits}":
-            return PASS_COLOURS[int(digits)]
-    return OTHER_COLOURS[position % len(OTHER_COLOURS)]
+    of_passes = {f"N={n}": shade for n, shade in PASS_COLOURS.items()}
+    return of_passes.get(label, OTHER_COLOURS[position % len(OTHER_COLOURS)])
+
+
+def _check_some(name: str, given: object) -> None:
+    if not given:
+        raise ValueError(f"there is nothing to draw: {name} is empty")
 
 
 @_figure
 def accuracy_by_depth(tables: Mapping[str, Sequence[Table]], depth_name: str, what: str = "right answers") -> Figure:
     """Draw accuracy against depth, a curve per label: mean, 95% interval as a band, every seed as a dot.
 
-    tables: label -> one table per seed. The dashed line is the best constant answer.
+    tables: label -> one table per seed. The dashed line is the best constant answer. Raises ValueError without a table.
     """
+    _check_some("tables", tables)
     figure, axes = plt.subplots(figsize=(6.4, 3.9))
     for position, (label, seeds) in enumerate(tables.items()):
         mean = across_seeds(list(seeds))
@@ -115,8 +118,15 @@ def accuracy_by_depth(tables: Mapping[str, Sequence[Table]], depth_name: str, wh
 def learning_curves(histories: Mapping[str, Sequence["History"]], against: str = "step", value: str = "loss") -> Figure:
     """Draw loss or accuracy while training, a curve per run, a colour per label.
 
-    against: "step", "tokens" or "seconds". The dashed line is the loss of the best constant answer.
+    against: "step", "tokens" or "seconds". value: "loss" or "accuracy". The dashed line is the loss of the best
+    constant answer. Raises ValueError for another word, or without a history.
     """
+    names = {"step": "training step", "tokens": "tokens read (millions)", "seconds": "seconds of training"}
+    if against not in names:
+        raise ValueError(f"against {against!r} is unknown: use one of {', '.join(names)}")
+    if value not in ("loss", "accuracy"):
+        raise ValueError(f"value {value!r} is unknown: use loss or accuracy")
+    _check_some("histories", any(histories.values()))
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     for position, (label, runs) in enumerate(histories.items()):
         for number, history in enumerate(runs):
@@ -135,7 +145,6 @@ def learning_curves(histories: Mapping[str, Sequence["History"]], against: str =
             )
     if value == "loss":
         axes.axhline(history.majority_loss, color=INK, ls=(0, (4, 3)), lw=1.2, label="best constant answer")
-    names = {"step": "training step", "tokens": "tokens read (millions)", "seconds": "seconds of training"}
     axes.set(xlabel=names[against], ylabel="loss (nats an answer)" if value == "loss" else "right answers")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10)
@@ -150,7 +159,7 @@ def lines(
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     palette = list(PASS_COLOURS.values())
     for position, (label, (x, y)) in enumerate(curves.items()):
-        shade = colour(label) if label.startswith("N=") else palette[position % len(palette)]
+        shade = colour(label, position) if label.startswith("N=") else palette[position % len(palette)]
         axes.plot(x, y, color=shade, marker="o" if len(x) <= 16 else None, ms=4, label=label)
     axes.set(xlabel=x_name, ylabel=y_name)
     if log_x:
@@ -311,14 +320,14 @@ def dependencies(
 
 
 @_figure
-def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: int = -1) -> Figure:
-    """Draw S of one fast-weight layer after every pass, a row per head, on one colour scale.
+def fast_weights(trace: "SleepTrace") -> Figure:
+    """Draw S after every pass, a row per head, on one colour scale: of the first example, in the last window.
 
-    Blue is negative, red positive, white zero.
+    Of several fast-weight layers it is the first. Blue is negative, red positive, white zero.
     """
-    passes = [S[layer][example].float().cpu() for S in trace.S[window]][1:]
-    heads = len(passes[0])
-    reach = torch.stack(passes).abs().quantile(0.995).item()
+    passes = trace.stack()[1:, 0, 0].cpu()  # (n, heads, d_v, d_k)
+    heads = passes.shape[1]
+    reach = passes.abs().quantile(0.995).item()
     figure, axes = plt.subplots(
         heads, len(passes), figsize=(1.25 * len(passes) + 0.6, 1.25 * heads + 0.4), squeeze=False
     )
@@ -336,11 +345,15 @@ def fast_weights(trace: "SleepTrace", example: int = 0, layer: int = 0, window: 
 
 
 @_figure
-def pass_changes(traces: Mapping[str, "SleepTrace"], layer: int = 0, window: int = -1) -> Figure:
-    """Draw how much every pass changes S, ``|S_n - S_(n-1)| / |S_n|``, a curve per trace."""
+def pass_changes(traces: Mapping[str, "SleepTrace"], window: int = -1) -> Figure:
+    """Draw how much every pass changes the first layer's S, ``|S_n - S_(n-1)| / |S_n|``, a curve per trace.
+
+    Raises ValueError without a trace.
+    """
+    _check_some("traces", traces)
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     for position, (label, trace) in enumerate(traces.items()):
-        change = trace.changes(window)[:, layer].tolist()
+        change = trace.changes(window)[:, 0].tolist()
         axes.plot(range(1, len(change) + 1), change, marker="o", color=colour(label, position), label=label)
     axes.set(xlabel="pass n", ylabel="change of S in this pass", xticks=range(1, len(change) + 1))
     axes.set_ylim(bottom=0)
@@ -355,7 +368,9 @@ def shares(
     """Draw shares as grids of numbers in percent, two panels side by side or, with many columns, one below the other.
 
     panels: title -> row -> a share for each column, nan where there is none. White is ``floor`` and below, dark blue 1.
+    Raises ValueError without a panel.
     """
+    _check_some("panels", panels)
     wide = len(columns) > 5
     across = 1 if wide else min(2, len(panels))
     down = -(-len(panels) // across)

@@ -183,9 +183,17 @@ void backward_head(const Sizes &n, Given x, Found y, GivenGradients dy, FoundGra
 
 }  // namespace
 
+// d_k is one of 16, 32, 64 and 128, d_v a multiple of 16, 8, 4 and 4.
+#define BY_SIZE(function, ...)                        \
+    switch (n->d_k) {                                 \
+        case 16: function<1, 4>(__VA_ARGS__); break;  \
+        case 32: function<2, 2>(__VA_ARGS__); break;  \
+        case 64: function<4, 1>(__VA_ARGS__); break;  \
+        case 128: function<8, 1>(__VA_ARGS__); break; \
+    }
+
 extern "C" {
 
-// d_k is one of 16, 32, 64 and 128, d_v a multiple of 16, 8, 4 and 4.
 void gated_delta_forward(const Sizes *n, const Tensor *q, const Tensor *k, const Tensor *v, const Tensor *a,
                          const Tensor *b, const Tensor *S, const Tensor *o, const Tensor *w, const Tensor *S_end) {
 #pragma omp parallel for num_threads(n->threads)
@@ -193,12 +201,7 @@ void gated_delta_forward(const Sizes *n, const Tensor *q, const Tensor *k, const
         auto head = [=](const Tensor *x) { return x->of(i / n->heads, i % n->heads); };
         Given x = {head(q), head(k), head(v), head(a), head(b), head(S)};
         Found y = {head(o), head(w), head(S_end)};
-        switch (n->d_k) {
-            case 16: forward_head<1, 4>(*n, x, y); break;
-            case 32: forward_head<2, 2>(*n, x, y); break;
-            case 64: forward_head<4, 1>(*n, x, y); break;
-            case 128: forward_head<8, 1>(*n, x, y); break;
-        }
+        BY_SIZE(forward_head, *n, x, y)
     }
 }
 
@@ -222,12 +225,7 @@ int gated_delta_backward(const Sizes *n, const Tensor *q, const Tensor *k, const
             Found y = {head(o), head(w), {}};
             GivenGradients dy = {head(d_o), head(dS_end)};
             FoundGradients dx = {head(dq), head(dk), head(dv), head(dlog_a), head(db), head(dS)};
-            switch (n->d_k) {
-                case 16: backward_head<1, 4>(*n, x, y, dy, dx, room); break;
-                case 32: backward_head<2, 2>(*n, x, y, dy, dx, room); break;
-                case 64: backward_head<4, 1>(*n, x, y, dy, dx, room); break;
-                case 128: backward_head<8, 1>(*n, x, y, dy, dx, room); break;
-            }
+            BY_SIZE(backward_head, *n, x, y, dy, dx, room)
         }
         free(memory);
     }

@@ -89,7 +89,8 @@ class FastWeightMixer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             o, S = gated_delta_fast(q, k, v, log_a, b, S)
             o = rms_norm(o, self.norm)
-        return self.out(rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)), S
+        o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
+        return self.out(o.to(gate.dtype)), S
 
     def write(self, x: Tensor, S: Tensor) -> Tensor:
         """Return the S after the last token of a whole window x; what they read is neither scaled nor projected."""
@@ -173,10 +174,10 @@ class Block(nn.Module):
         return self.mixer.write(self.mixer_norm(h), S)
 
 
-def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
+def rotate(x: Tensor, start: int) -> Tensor:
     """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
     length, half = x.shape[-2], x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device) / half)
+    frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (l, half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)

@@ -171,9 +171,9 @@ def ask(
     return wake(model, torch.tensor([[len(ring) + hops - 1, start]]), S)[0, -1], trace
 
 
-def still(models: Mapping[int, SleepLM], example: Mapping[str, Any] = EXAMPLE) -> Figure:
+def still(models: Mapping[int, SleepLM]) -> Figure:
     """Draw one question, the fast weights after every pass, and the answer, at the smallest and the largest N."""
-    ring, told, start, hops = (example[name] for name in ("ring", "told", "start", "hops"))
+    ring, told, start, hops = (EXAMPLE[name] for name in ("ring", "told", "start", "hops"))
     place = ring.index(start)
     walk = [LETTERS[ring[(place + step) % len(ring)]] for step in range(hops + 1)]
     shown = (min(models), max(models))

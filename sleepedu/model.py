@@ -94,7 +94,7 @@ class SleepLM(nn.Module):
     """A language model of attention and fast-weight blocks, called one pass over one window at a time.
 
     Built from a ``ModelConfig`` in the order of its layout. Methods raise ValueError for token ids outside the
-    vocabulary and for fast weights whose number, shape or device do not fit.
+    vocabulary or on another device, and for fast weights whose number, shape, device or dtype do not fit.
     """
 
     def __init__(self, config: ModelConfig):
@@ -127,12 +127,15 @@ class SleepLM(nn.Module):
         """The indices of the blocks that have fast weights."""
         return [index for index, letter in enumerate(self.config.layout) if letter == "g"]
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of S: float32, or the model's where that is finer."""
+        return torch.promote_types(self.head.weight.dtype, torch.float32)
+
     def empty_fast_weights(self, batch: int) -> FastWeights:
-        """Return S = 0 for every fast-weight layer, each (batch, heads, d_v, d_k) in float32."""
-        device = self.head.weight.device
-        dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
-        shape = (batch, *self.config.state_shape)
-        return tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in self.fast_layers)
+        """Return S = 0 for every fast-weight layer, each (batch, heads, d_v, d_k)."""
+        device, shape = self.head.weight.device, (batch, *self.config.state_shape)
+        return tuple(torch.zeros(shape, device=device, dtype=self.state_dtype) for _ in self.fast_layers)
 
     def empty_cache(self) -> list[WindowCache]:
         """Return the cache of a window of which nothing has been read."""
@@ -141,6 +144,9 @@ class SleepLM(nn.Module):
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return the first hidden states h (b, l, w) of tokens (b, l), the first of them at place ``start``."""
         self.check_tokens(tokens)
+        device = self.embedding.weight.device
+        if tokens.device != device:
+            raise ValueError(f"the tokens are on {tokens.device}, the model on {device}: move them to one device")
         h = self.embedding(tokens)
         if not self.config.positions:
             return h
@@ -224,3 +230,5 @@ class SleepLM(nn.Module):
                 raise ValueError(f"S must have shape {shape}, got {tuple(matrix.shape)}")
             if matrix.device != h.device:
                 raise ValueError(f"S is on {matrix.device}, the model on {h.device}: move them to one device")
+            if matrix.dtype != self.state_dtype:
+                raise ValueError(f"S must be {self.state_dtype} for this model, got {matrix.dtype}")

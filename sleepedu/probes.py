@@ -28,7 +28,7 @@ from sleepedu.sleep import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
 from sleepedu.tasks.cellular_automaton import space_time
-from sleepedu.training import MOST_SEED, TESTING, stream
+from sleepedu.training import TESTING, stream
 
 VERSION = 1  # of the stored form
 READERS = {
@@ -64,7 +64,7 @@ class Settings:
     def __post_init__(self):
         check_passes(self.passes)
         checks.whole("episodes", self.episodes, least=100)  # to fit, choose and test
-        checks.whole("seed", self.seed, least=0, most=MOST_SEED)
+        checks.seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,14 @@ class Probes:
         }
 
     def json(self) -> str:
-        """Return everything as JSON, as it is stored."""
-        return _readable({"version": VERSION, **asdict(self)})
+        """Return everything as JSON, as it is stored, with null for nan."""
+        stored = {"version": VERSION, **asdict(self)}
+        for shares in (stored["each"], stored["whole"]):
+            for reader, rows in shares.items():
+                shares[reader] = [[None if math.isnan(share) else share for share in row] for row in rows]
+        text = json.dumps(stored, indent=1, allow_nan=False)
+        # A row of numbers is one line. No line ends inside a string, so a bracket at the end of one begins a list.
+        return re.sub(r"\[\n[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
 
     def lines(self) -> list[str]:
         """Return the tables as text: a line per reader and pass."""
@@ -126,7 +132,8 @@ def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) 
     """Return the stored probes of a run with these settings, or make and store them now (about half a minute).
 
     Looks in the committed store, then in ``directory``, where new ones go.
-    Raises ValueError for a run that cannot be probed (see ``probe``).
+    Raises ValueError for a run that cannot be probed (see ``probe``) or probes or weights that are broken,
+    FileNotFoundError for a run without weights, OSError when the probes cannot be written.
     """
     settings = settings or Settings()
     weights = run.weights[:16]
@@ -166,8 +173,8 @@ def load(path: Path | str) -> Probes:
 def probe(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any]:
     """Return the probes of a model as plain numbers: ``steps``, ``examples``, ``each`` and ``whole`` of ``Probes``.
 
-    Raises ValueError for a model without fast weights, or a task other than a graph with names of one token or an
-    automaton of one row, asked for all bits, in one window.
+    Raises ValueError for a model without fast weights, a task other than a graph with names of one token or an
+    automaton of one row, asked for all bits, in one window, or too few different examples.
     """
     _questions(task)
     if not model.fast_layers:
@@ -201,6 +208,12 @@ def _examples(task: Task, settings: Settings) -> tuple[tuple[int, ...], list[tup
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
     steps, labels = hidden_states(task, episode)
     parts = split(episode.windows.flatten(1), labels[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))
+    if min(map(len, parts)) < 2:
+        counts = ", ".join(str(len(part)) for part in parts)
+        raise ValueError(
+            f"{settings.episodes} episodes have {counts} different examples to fit, choose and test with, "
+            "and each takes 2: draw more episodes, or of a larger task"
+        )
     return steps, [(episode.windows[part, 0], labels[part]) for part in parts]
 
 
@@ -380,7 +393,7 @@ def _reads(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice) -> Tens
     _, heads, d_v, d_k = S[0].shape
     if len(S) > 1 or d_v < d_k:
         return query(model, prompt, S, asked)[1]
-    eye = torch.eye(d_v, d_k).expand(1, heads, d_v, d_k)  # an S that reads q itself
+    eye = torch.eye(d_v, d_k, dtype=S[0].dtype).expand(1, heads, d_v, d_k)  # an S that reads q itself
     q = query(model, prompt, (eye,), asked)[1].unflatten(-1, (heads, d_v))[0, :, :, :d_k]
     return torch.einsum("bhvk,phk->bphv", S[0], q).flatten(2)
 
@@ -392,35 +405,18 @@ def _share_right(given: Tensor, truth: Tensor, whole: bool) -> list[float]:
     return [round(share, 5) for share in shares.where((given >= 0).any(dim=2).any(dim=0), math.nan).tolist()]
 
 
-def _readable(stored: dict[str, Any]) -> str:
-    """Return JSON with a line for every row of numbers, and null for nan."""
-    text = json.dumps(stored, indent=1).replace("NaN", "null")
-    return re.sub(r"\[[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
-
-
-def changes(trace: SleepTrace, window: int = -1) -> Tensor:
-    """Return ``|S_n - S_(n-1)| / |S_n|`` of every head, mean over the batch: (passes, layers, heads)."""
-    S = _stack(trace, window)
-    return ((S[1:] - S[:-1]).norm(dim=(-2, -1)) / S[1:].norm(dim=(-2, -1))).mean(dim=2)
-
-
-def turns(trace: SleepTrace, window: int = -1) -> Tensor:
+def turns(trace: SleepTrace) -> Tensor:
     """Return the angle in degrees between S of one pass and the next, as vectors, from pass 2 on, mean over the batch.
 
-    (passes - 1, layers, heads). 90 degrees is what two unrelated matrices have between them.
+    (passes - 1, layers, heads), of the last window. 90 degrees is what two unrelated matrices have between them.
     """
-    S = _stack(trace, window)[1:].flatten(-2)
+    S = trace.stack()[1:].flatten(-2)
     return F.cosine_similarity(S[1:], S[:-1], dim=-1).clamp(-1, 1).acos().rad2deg().mean(dim=2)
 
 
-def singular_values(trace: SleepTrace, window: int = -1) -> Tensor:
+def singular_values(trace: SleepTrace) -> Tensor:
     """Return the singular values of S after every pass, largest first, mean over the batch.
 
-    (passes, layers, heads, min(d_v, d_k)).
+    (passes, layers, heads, min(d_v, d_k)), of the last window.
     """
-    return torch.linalg.svdvals(_stack(trace, window)[1:]).mean(dim=2)
-
-
-def _stack(trace: SleepTrace, window: int) -> Tensor:
-    """Return S before and after every pass as one tensor: (passes + 1, layers, b, heads, d_v, d_k)."""
-    return torch.stack([torch.stack(S).float() for S in trace.S[window]])
+    return torch.linalg.svdvals(trace.stack()[1:]).mean(dim=2)

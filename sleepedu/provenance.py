@@ -38,11 +38,12 @@ def _processor(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """Return the commit the library stands at, "" outside a checkout."""
+    """Return the commit the library stands at, "" outside a checkout of its own."""
+    command = ["git", "rev-parse", "HEAD", "--show-cdup"]
+    folder = Path(__file__).resolve().parent.parent
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except OSError:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or no answer in time
         return ""
-    return done.stdout.strip()
+    commit, *up = done.stdout.split()
+    return "" if up else commit  # an installed package may lie inside the checkout of another project

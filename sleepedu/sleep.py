@@ -43,25 +43,30 @@ class SleepTrace:
     a: list[list[Tensor]] = field(default_factory=list)
     b: list[list[Tensor]] = field(default_factory=list)
 
+    def stack(self, window: int = -1) -> Tensor:
+        """Return S before and after every pass as one tensor, (passes + 1, fast-weight layers, b, heads, d_v, d_k).
+
+        Raises ValueError for the trace of a model without fast weights.
+        """
+        if not self.S[window][0]:
+            raise ValueError("there is no S in this trace: trace a model that has 'g' in its layout")
+        return torch.stack([torch.stack(S).float() for S in self.S[window]])
+
     def norms(self, window: int = -1) -> Tensor:
         """Return the Frobenius norm of S, mean over the batch: (passes + 1, fast-weight layers)."""
-        return torch.stack([torch.stack([_norm(s).mean() for s in S]) for S in self.S[window]])
+        return self.stack(window).flatten(3).norm(dim=-1).mean(dim=2)
 
-    def changes(self, window: int = -1) -> Tensor:
-        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass n, mean over the batch: (passes, fast-weight layers)."""
-        steps = zip(self.S[window], self.S[window][1:], strict=False)
-        return torch.stack(
-            [torch.stack([(_norm(t - s) / _norm(t)).mean() for s, t in zip(S, T, strict=True)]) for S, T in steps]
-        )
+    def changes(self, window: int = -1, by_head: bool = False) -> Tensor:
+        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass n, mean over the batch: (passes, fast-weight layers).
+
+        by_head: of every head by itself, (passes, fast-weight layers, heads).
+        """
+        S = self.stack(window).flatten(-2 if by_head else 3)
+        return ((S[1:] - S[:-1]).norm(dim=-1) / S[1:].norm(dim=-1)).mean(dim=2)
 
     def hidden_norms(self, window: int = -1) -> Tensor:
         """Return the root mean square of h after every block and pass: (passes, layers)."""
         return torch.stack([h.float().square().mean(dim=(1, 2, 3)).sqrt() for h in self.h[window]])
-
-    def hidden_changes(self, window: int = -1) -> Tensor:
-        """Return ``|h_n - h_(n-1)| / |h_n|`` after every block, from pass 2 on: (passes - 1, layers)."""
-        h = torch.stack(self.h[window]).float().flatten(2)  # (passes, layers, b * l * w)
-        return (h[1:] - h[:-1]).norm(dim=-1) / h[1:].norm(dim=-1)
 
     def _begin(self, S: FastWeights) -> None:
         self.S.append([tuple(matrix.detach() for matrix in S)])
@@ -90,10 +95,6 @@ class SleepTrace:
         self.b[-1].append(b)
 
 
-def _norm(S: Tensor) -> Tensor:
-    return S.float().flatten(1).norm(dim=1)
-
-
 def sleep(
     model: SleepLM,
     tokens: Tensor,
@@ -106,7 +107,8 @@ def sleep(
 
     tokens: (b, l) of the window. S: the fast weights so far, empty when None. passes: N, at least 1.
     recompute: as in ``run_episode``.
-    Raises ValueError for N < 1, tokens outside the vocabulary or an S that does not fit. Algorithm 1, consolidation.
+    Raises ValueError for N < 1, tokens outside the vocabulary, an S that does not fit or a model that keeps its cache.
+    Algorithm 1, consolidation.
     """
     check_passes(passes)
     _check_sleeps(model)
@@ -217,7 +219,7 @@ def run_episode(
 
     recompute: for the gradient, keep only the h and S that enter each pass and compute the rest again when its turn
     comes; the gradient is the same, for about a third more time.
-    Raises ValueError for N < 1 or tokens outside the vocabulary.
+    Raises ValueError for N < 1, N > 1 with a model that keeps its cache, or tokens outside the vocabulary.
     """
     check_passes(passes)
     if model.config.keeps_cache:
@@ -239,9 +241,7 @@ def _read_whole(model: SleepLM, episode: Episode, passes: int) -> Tensor:
 
 def check_passes(passes: int) -> None:
     """Raise ValueError unless N, the number of sleep passes, is a whole number of at least 1."""
-    if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= checks.MOST:
-        most = f" and at most {checks.MOST}" if isinstance(passes, int) and passes > 1 else ""
-        raise ValueError(f"passes (N) must be a whole number of at least 1{most}, got {passes!r}")
+    checks.whole("passes (N)", passes, least=1)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,8 @@ class Session:
 
     window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. However much it reads,
     it keeps no more than one window and S. ``S`` is the fast weights, ``tokens_read`` and ``sleeps`` count.
-    Raises ValueError for a window or N below 1.
+    Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, or a model that
+    keeps its cache.
     """
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sleepedu import checks, distributed, kernel
+from sleepedu import checks, distributed, kernel, storage
 from sleepedu.checkpoint import Checkpoint, History, Progress
 from sleepedu.model import SleepLM
 from sleepedu.sleep import check_passes, run_episode
-from sleepedu.tasks.base import Episode, Task
+from sleepedu.tasks.base import UNSCORED, Episode, Task
 
-TRAINING, TESTING = 0, 1  # the two streams of examples; they never share a seed
-MOST_SEED = 2**32 - 1
+TRAINING, TESTING = 0, 1  # the two streams of examples
+STRIDE = 1_000_003  # batches of one stream, before the next one begins
 COMPILED = ("blocks", "write")  # the model's methods that run a pass
 
 
@@ -56,8 +56,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_passes(self.passes)
-        checks.whole("seed", self.seed, least=0, most=MOST_SEED)
-        checks.whole("steps", self.steps, least=1)  # a million at most: further on its data would be another stream's
+        checks.seed(self.seed)
+        checks.whole("steps", self.steps, least=1)
         checks.whole("batch", self.batch, least=1)
         checks.whole("warmup", self.warmup, least=0)
         for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):
@@ -86,6 +86,7 @@ def train(
     config: TrainConfig,
     directory: Path | str | None = None,
     watch: Callable[[History, TrainConfig], None] | None = None,
+    *,
     compile: bool = False,
     recompute: bool = False,
 ) -> History:
@@ -99,12 +100,12 @@ def train(
     compile: let ``torch.compile`` merge the blocks' small operations, which costs up to a minute at the beginning and
     makes a step 15 to 40% faster, by task and machine; where there is no compiler, training goes on without.
     recompute: as in ``run_episode``, much less memory for about a third more time.
-    Raises ValueError when the model's vocabulary is smaller than the task's, the batch does not divide among the
-    ranks, or the directory's checkpoint is broken or of other settings; BlockingIOError when another process trains in
-    that directory; FloatingPointError when the loss is no longer a number.
+    Raises ValueError when the model's vocabulary is smaller than the task's, the task asks nothing or is scored in no
+    known way, the batch does not divide among the ranks, or the directory's checkpoint is broken or of other settings;
+    BlockingIOError when another process trains in that directory; FloatingPointError when the loss is no longer a
+    number.
     """
-    if model.config.vocabulary < len(task.words):
-        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    check_task(model, task)
     distributed.check_batch(config.batch)
     device = model.head.weight.device
     if device.type == "cpu":
@@ -167,6 +168,14 @@ def train(
                 checkpoint.save(history, progress)
     model.eval()
     return history
+
+
+def check_task(model: SleepLM, task: Task) -> None:
+    """Raise ValueError unless the model knows as many words as the task has, and it is known how the task is scored."""
+    if model.config.vocabulary < len(task.words):
+        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
+    if task.scoring not in ("each", "all"):
+        raise ValueError(f"scoring {task.scoring!r} of the {task.name} task is unknown: use 'each' or 'all'")
 
 
 def learn(
@@ -281,12 +290,16 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
 
 
 def stream(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Return the generator of one batch: the same for every model, different for every (seed, purpose, number).
+    """Return the generator of one batch: the same for every model, another for every (seed, purpose, number).
 
     Raises ValueError for a seed outside 0..2^32 - 1.
     """
-    checks.whole("seed", seed, least=0, most=MOST_SEED)
-    mixed = (seed * 2 + purpose) * 1_000_003 + number
+    checks.seed(seed)
+    mixed = (seed * 2 + purpose) * STRIDE + number
+    if number >= STRIDE or mixed >= 2**32:
+        # The generator takes 32 bits of its seed and ignores the rest. Where these do not tell all streams apart, a
+        # hash does: two of them are the same as rarely as two random numbers of 32 bits.
+        mixed = int(storage.checksum(f"{seed} {purpose} {number}".encode())[:8], 16)
     return torch.Generator().manual_seed(mixed)
 
 
@@ -296,8 +309,13 @@ def tokens_per_example(task: Task) -> int:
 
 
 def majority_loss(task: Task) -> float:
-    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples."""
+    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples.
+
+    Raises ValueError for episodes that ask nothing.
+    """
     episode = task.sample(4096, stream(0, TESTING, 0))
+    if not episode.asked.any():
+        raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
     answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
     share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
     return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)

@@ -37,7 +37,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--size", "huge"], "size 'huge' is unknown"),
         ([*SMOKE, "--model", "mamba"], "model 'mamba' is unknown"),
         ([*SMOKE, "--carry", "nothing"], "carry 'nothing' is unknown"),
-        ([*SMOKE, "--passes", "0"], "passes (N) must be a whole number of at least 1, got 0"),
+        ([*SMOKE, "--passes", "0"], "passes (N) must be at least 1, got 0"),
         ([*SMOKE, "--passes", "two"], "invalid int value: 'two'"),
         ([*SMOKE, "--passes", "1.5"], "invalid int value: '1.5'"),
         ([*SMOKE, "--model", "transformer", "--passes", "2"], "does not sleep"),
@@ -50,6 +50,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["evaluate", "no-such-run"], "there is no run 'no-such-run'"),
         (["evaluate", "graph-laptop-sleep-N1-seed0", "no-such-run"], "there is no run 'no-such-run'"),
+        (["evaluate", "graph-laptop-sleep-N1-seed1", "--seed", "1"], "seed 1 drew the examples of the stored table of"),
         (["results", "--runs", "/no/such/folder"], "/no/such/folder"),
         (["export-live", "--runs", "/no/such/folder"], "there is no run '/no/such/folder/graph-laptop-sleep-N1-seed0'"),
     ],
@@ -130,7 +131,7 @@ def test_train_evaluate_and_results(capsys, tmp_path):
 
     command = ["evaluate", str(tmp_path / name), "--examples", "30", "--seed", "5", "--device", "cpu"]
     assert main([*command, "--json"]) == 0
-    evaluated = json.loads(capsys.readouterr().out)
+    (evaluated,) = json.loads(capsys.readouterr().out)
     assert set(evaluated) == set(row) | {"seed_of_examples", "stored", "differs"}
     assert evaluated["stored"] == row["depths"] and evaluated["differs"] == []
     assert evaluated["seed_of_examples"] == 5 and evaluated["depths"]["3"]["n"] == 30
@@ -150,7 +151,7 @@ def test_a_run_that_scores_otherwise_than_is_stored_is_told(capsys, monkeypatch)
     shown = capsys.readouterr().out
     (told,) = [line for line in shown.splitlines() if line.endswith("1.000  differs")]
     assert told.split()[0] == "2"
-    assert "1 of 8 accuracies on examples of seed 1 differs from the stored" in shown
+    assert "1 of 8 accuracies on examples of seed 7 differs from the stored" in shown
 
     assert main([*command, "--json"]) == 1
     first, second = json.loads(capsys.readouterr().out)
@@ -162,6 +163,28 @@ def test_evaluate_takes_the_committed_runs_when_none_is_named(capsys, monkeypatc
     monkeypatch.setattr(experiments, "stored_runs", lambda: stored)
     assert main(["evaluate", "--examples", "2", "--json"]) in (0, 1)  # of two examples nothing can be told
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == [run.name for run in stored]
+
+
+def test_without_a_run_there_is_nothing_to_evaluate(capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "stored_runs", lambda: [])
+    assert_fails(capsys, ["evaluate"], "there are no stored runs to measure")
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (MemoryError("there is no memory for S"), "there is no memory for S"),
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_one_line(error, told, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(experiments, "run", fail)
+    assert_fails(capsys, SMOKE, told)
 
 
 def test_progress_is_shown_unless_quiet(capsys, tmp_path):

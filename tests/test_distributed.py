@@ -92,7 +92,7 @@ def assert_same_weights(weights, others):
 
 def as_rank(rank, function, arguments, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
     torch.save(function(*arguments), folder / f"returned{rank}.pt")
 
@@ -102,8 +102,8 @@ def on_two_ranks(tmp_path):
     """Call a function of this module in two processes, as torchrun would; return what it returned in each."""
 
     def call(function, *arguments):
-        port = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
-        torch.multiprocessing.spawn(as_rank, (function, arguments, port, tmp_path), nprocs=2)
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        torch.multiprocessing.spawn(as_rank, (function, arguments, store.port, tmp_path), nprocs=2)
         return [torch.load(tmp_path / f"returned{rank}.pt", weights_only=False) for rank in (0, 1)]
 
     return call

@@ -195,10 +195,16 @@ def test_examples_depend_on_the_seed_and_never_repeat(make_model, monkeypatch):
 def test_wrong_settings_are_named(make_model):
     with pytest.raises(ValueError, match=r"examples must lie in 1\.\.5000000, got 0"):
         accuracy_by_depth(make_model(), GRAPH, 1, examples=0)
-    with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
         accuracy_by_depth(make_model(), GRAPH, 0)
     with pytest.raises(ValueError, match="the task has 8 words, the model a vocabulary of 7"):
         accuracy_by_depth(make_model(vocabulary=7), GRAPH, 1)
+
+    class Odd(GraphRetrieval):
+        scoring = "some"
+
+    with pytest.raises(ValueError, match="scoring 'some' of the graph task is unknown: use 'each' or 'all'"):
+        accuracy_by_depth(make_model(), Odd(nodes=4, hops=3, queries=2), 1)
 
 
 def table(*shares, majority=0.25):

@@ -79,6 +79,13 @@ def test_the_page_holds_every_picture_and_its_words():
     assert len(page.all("script")) == 2, "no words may end the script early"
 
 
+def test_words_on_a_slider_and_of_a_picture_are_no_part_of_the_page():
+    words = "<!-- <script>"  # after which a browser takes the end of the script for a part of it
+    page = Page(explore(lambda n, depth: gradient(1, 1), ("<b>one</b>",), (1,), lambda n, depth: words).page())
+    assert page.all("b") == [] and "<" not in page.data
+    assert json.loads(page.data)["words"] == [words] and json.loads(page.data)["values"] == [["<b>one</b>"], [1]]
+
+
 def test_the_sliders_of_the_page_are_labelled_and_reach_every_value():
     page = Page(explore(gradient, (1, 2, 4), (1, 3), describe, names=("Passes", "a < b")).page())
     sliders = page.all("input")
@@ -218,7 +225,7 @@ def test_seeds_stay_inside_their_limits():
     seed.value = -3
     assert seed.value == 0 and words.value.startswith("ring 0:")
     seed.value = 2**40
-    assert seed.value == 2**31 - 1 and words.value.startswith("ring 2147483647:")
+    assert seed.value == 2**32 - 1 and words.value.startswith("ring 4294967295:")
     button.click()
     assert seed.value == 0 and words.value.startswith("ring 0:")
 
@@ -283,8 +290,8 @@ def test_the_first_picture_raises_where_it_is_asked_for():
     "wrong, message",
     [
         ({"new_example": 7}, "new_example must be a function of a seed, or None, got 7"),
-        ({"seed": -1}, "seed must lie in 0..2147483647, got -1"),
-        ({"seed": 2**31}, "seed must lie in 0..2147483647, got 2147483648"),
+        ({"seed": -1}, "seed must lie in 0..4294967295, got -1"),
+        ({"seed": 2**32}, "seed must lie in 0..4294967295, got 4294967296"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": True}, "seed must be a whole number, got True"),
     ],
@@ -338,7 +345,10 @@ def test_every_N_has_one_colour_everywhere():
     second = figures.lines({"N=4": ([1, 2], [3, 4])}, "x", "y")
     assert curve(first, "N=4").get_color() == second.axes[0].lines[0].get_color() == figures.PASS_COLOURS[4]
     assert len(set(figures.PASS_COLOURS.values())) == len(figures.PASS_COLOURS)
-    assert figures.colour("N=1, four times as long") not in figures.PASS_COLOURS.values()
+    for other in ("N=", "N=1, four times as long"):
+        assert figures.colour(other) not in figures.PASS_COLOURS.values()
+    two = figures.lines({"N=2, inject": ([1], [1]), "N=4, inject": ([1], [1])}, "x", "y")
+    assert curve(two, "N=2, inject").get_color() != curve(two, "N=4, inject").get_color()
 
 
 @pytest.mark.parametrize("against, x", [("step", [10, 20]), ("tokens", [0.01, 0.02]), ("seconds", [1.5, 3.0])], ids=str)
@@ -350,6 +360,23 @@ def test_learning_curves(against, x, value, y):
     assert list(line.get_xdata()) == pytest.approx(x) and list(line.get_ydata()) == y
     constants = [line for line in figure.axes[0].lines if line.get_label() == "best constant answer"]
     assert [list(line.get_ydata()) for line in constants] == ([[1.79, 1.79]] if value == "loss" else [])
+
+
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (lambda: figures.accuracy_by_depth({}, "k"), "there is nothing to draw: tables is empty"),
+        (lambda: figures.learning_curves({}), "there is nothing to draw: histories is empty"),
+        (lambda: figures.learning_curves({"N=1": []}), "there is nothing to draw: histories is empty"),
+        (lambda: figures.pass_changes({}), "there is nothing to draw: traces is empty"),
+        (lambda: figures.shares({}, (1, 2), "k"), "there is nothing to draw: panels is empty"),
+        (lambda: figures.learning_curves({}, "hours"), "against 'hours' is unknown: use one of step, tokens, seconds"),
+        (lambda: figures.learning_curves({}, value="joy"), "value 'joy' is unknown: use loss or accuracy"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
 
 
 def test_lines_with_a_logarithmic_axis():

@@ -143,6 +143,15 @@ def test_other_device_is_named(wrong):
         gated_delta_chunked(**inputs)
 
 
+@pytest.mark.parametrize("rule", [*EQUATIONS, gated_delta_chunked], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("wrong", NAMES[1:])
+def test_other_dtype_is_named(rule, wrong):
+    inputs = dict(zip(NAMES, make_inputs(1, 1, 2, 3, 3), strict=True))
+    inputs[wrong] = inputs[wrong].half()
+    with pytest.raises(ValueError, match=rf"^{wrong} is torch.float16, q torch.float64: make them of one kind"):
+        rule(**inputs)
+
+
 @pytest.mark.parametrize("heads, length", [(1, 0), (0, 3)])
 def test_no_token_and_no_head_are_refused(heads, length):
     with pytest.raises(ValueError, match=f"got {heads} heads and {length} tokens"):

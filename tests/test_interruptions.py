@@ -69,7 +69,7 @@ def handle_signal():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("entries", ["every step", "at the end"])
+@pytest.mark.parametrize("entries", ["every step", "every second step"])
 def test_ctrl_c_ends_the_step_and_saves(entries, make_model, tmp_path, handle_signal):
     config = CONFIG if entries == "every step" else TrainConfig(passes=2, steps=400, batch=4, warmup=3)
     task, rest = Signalling(nodes=4, hops=2, queries=3), []

@@ -178,6 +178,15 @@ def test_double_precision_works_throughout(make_model):
     assert_close(logits.float(), model.float()(TOKENS)[0])
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_works_throughout_and_keeps_S_whole(kind, make_model):
+    model = make_model("ag")
+    wanted = model(TOKENS)[0]
+    logits, S = model.to(kind)(TOKENS)
+    assert logits.dtype == kind and S[0].dtype == torch.float32
+    torch.testing.assert_close(logits.float(), wanted, rtol=0.1, atol=0.2)
+
+
 @pytest.mark.parametrize("carry, passes", [("hidden", 1), ("hidden", 2), ("inject", 2), ("embed", 2)])
 def test_gradient_reaches_every_parameter(carry, passes, make_model):
     task = GraphRetrieval(nodes=4, hops=2, queries=4, windows=2)
@@ -221,6 +230,7 @@ def test_wrong_configuration_is_named(settings, message):
         (torch.tensor([[11, 3]]), "token 11 is outside the vocabulary: ids are 0 to 10"),
         (torch.tensor([[1.0, 2.0]]), "tokens must be whole numbers"),
         (torch.tensor([1, 2]), r"tokens must be .* \(2,\)"),
+        (torch.zeros(1, 2, dtype=torch.long, device="meta"), "the tokens are on meta, the model on cpu: move them"),
     ],
 )
 def test_wrong_tokens_are_named(tokens, message, make_model):
@@ -236,6 +246,7 @@ def test_wrong_tokens_are_named(tokens, message, make_model):
         ((torch.zeros(2, 2, 8, 4),), r"S must have shape \(2, 2, 8, 8\), got \(2, 2, 8, 4\)"),
         ((torch.zeros(1, 2, 8, 8),), r"S must have shape \(2, 2, 8, 8\), got \(1, 2, 8, 8\)"),
         ((torch.zeros(2, 2, 8, 8, device="meta"),), "S is on meta, the model on cpu"),
+        ((torch.zeros(2, 2, 8, 8).double(),), "S must be torch.float32 for this model, got torch.float64"),
     ],
 )
 def test_wrong_fast_weights_are_named(S, message, make_model):

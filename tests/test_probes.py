@@ -140,8 +140,16 @@ def test_an_unasked_step_survives_the_store_and_is_not_in_a_table(tiny_run, tmp_
     made = probes.of(tiny_run, SMALL, tmp_path)
     unknown = replace(made, each={**made.each, "awake": [[math.nan, 0.5, 1.0]]})
     assert list(unknown.table("awake")) == [2, 3]
-    rows = json.loads(probes._readable({"each": unknown.each["awake"]}))
-    assert rows == {"each": [[None, 0.5, 1.0]]}
+    assert json.loads(unknown.json())["each"]["awake"] == [[None, 0.5, 1.0]]
+    storage.write(tmp_path / "unknown.json", unknown.json().encode())
+    assert str(probes.load(tmp_path / "unknown.json")) == str(unknown)  # nan is not equal to nan
+
+
+def test_what_is_stored_of_probes_is_what_is_loaded(tiny_run, tmp_path):
+    made = replace(probes.of(tiny_run, SMALL, tmp_path), provenance={"processor": "NaN [two  spaces]"})
+    assert json.loads(made.json())["provenance"] == made.provenance
+    for path in (COMMITTED / "probes").glob("*.json"):
+        assert probes.load(path).json() == path.read_text()
 
 
 def test_the_command_prints_tables_or_json(tiny_run, tmp_path, capsys):
@@ -149,7 +157,8 @@ def test_the_command_prints_tables_or_json(tiny_run, tmp_path, capsys):
     assert main(command) == 0
     assert "untrained S: " in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["settings"] == {"passes": 2, "episodes": 300, "seed": 0}
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert shown["settings"] == {"passes": 2, "episodes": 300, "seed": 0}
     assert main([command[0], *command[1:2] * 2, *command[2:], "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 2
     for wrong, message in ((["--passes", "0"], "got 0"), (["--episodes", "9"], "got 9"), (["--seed", "-1"], "got -1")):
@@ -176,7 +185,7 @@ def test_broken_probes_are_refused(content, tmp_path):
 
 
 def test_wrong_values_are_named_with_those_allowed(tiny_run, tmp_path, make_model):
-    with pytest.raises(ValueError, match=r"passes \(N\) must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"passes \(N\) must be at least 1, got 0"):
         Settings(passes=0)
     with pytest.raises(ValueError, match="episodes must be at least 100, got 99"):
         Settings(episodes=99)
@@ -189,6 +198,9 @@ def test_wrong_values_are_named_with_those_allowed(tiny_run, tmp_path, make_mode
         made.table("S", 3)
     with pytest.raises(ValueError, match="layout 'aa' has no fast weights to probe"):
         probes.probe(make_model("aa", vocabulary=len(GRAPH.words)), GRAPH, SMALL)
+    tiny = GraphRetrieval(nodes=3, hops=1, queries=1)
+    with pytest.raises(ValueError, match=r"100 episodes have \d+, \d+, \d+ different examples .* draw more episodes"):
+        probes.probe(make_model(vocabulary=len(tiny.words)), tiny, Settings(episodes=100))
     for task in (MathReasoning(), CellularAutomaton(rows=2, ask="first"), GraphRetrieval(windows=2)):
         with pytest.raises(ValueError, match="has no probe: use a graph with name_tokens=1"):
             probes.hidden_states(task, task.sample(1, torch.Generator()))
@@ -198,12 +210,12 @@ def test_what_a_pass_does_to_each_head(make_model):
     trace = SleepTrace()
     with torch.no_grad():
         sleep(make_model("agag"), torch.randint(11, (3, 6)), passes=4, trace=trace)
-    assert probes.changes(trace).shape == (4, 2, 2)
+    assert trace.changes(by_head=True).shape == (4, 2, 2)
     assert probes.turns(trace).shape == (3, 2, 2)
     assert probes.singular_values(trace).shape == (4, 2, 2, 8)
     before, after = (S[1][:, 0].flatten(1) for S in trace.S[0][2:4])  # layer 2, head 1, passes 2 and 3
     change = ((after - before).norm(dim=1) / after.norm(dim=1)).mean()
-    torch.testing.assert_close(probes.changes(trace)[2, 1, 0], change)
+    torch.testing.assert_close(trace.changes(by_head=True)[2, 1, 0], change)
     cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
     torch.testing.assert_close(probes.turns(trace)[1, 1, 0], cosine.acos().rad2deg().mean(), rtol=1e-3, atol=1e-3)
     sizes = probes.singular_values(trace)[3].square().sum(-1).sqrt()

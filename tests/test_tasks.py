@@ -298,6 +298,13 @@ def test_edges_are_shuffled_and_starts_are_uniform():
         torch.testing.assert_close(share, torch.full((6,), 1 / 6), rtol=0, atol=0.025)
 
 
+@pytest.mark.parametrize("name", ["prompt", "targets", "depth", "windows"])
+def test_tensors_of_another_kind_are_named(name):
+    episode = draw_from(GraphRetrieval(), 2)
+    with pytest.raises(ValueError, match=f"{name} must be int64, got torch.int32"):
+        replace(episode, **{name: getattr(episode, name).int()})
+
+
 @pytest.mark.parametrize("name_tokens", [1, 2])
 def test_lengths_of_cycles_are_drawn_like_depo(name_tokens):
     graph = GraphRetrieval(nodes=10, hops=2, queries=1, shortest=4, name_tokens=name_tokens)
@@ -325,6 +332,9 @@ def test_lengths_of_cycles_are_drawn_like_depo(name_tokens):
         {"tested": (0, 1)},
         {"tested": (1, 9)},
         {"tested": (2, 2)},
+        {"tested": [1, 2]},
+        {"tested": 3},
+        {"name_tokens": True},
     ],
     ids=str,
 )
@@ -397,6 +407,8 @@ def test_one_is_the_answer_to_56_percent_of_the_papers_questions():
         {"steps": ()},
         {"steps": (0, 1)},
         {"steps": (2, 2)},
+        {"steps": [1, 2]},
+        {"steps": 3},
         {"ask": "last"},
         {"rule": -1},
         {"rule": 256},

@@ -88,9 +88,10 @@ def test_another_seed_sees_other_data(make_model):
 
 
 def test_streams_of_training_and_testing_never_meet():
-    keys = itertools.product(range(4), (TRAINING, TESTING), [0, 1, 2, 999, 1000, 10_000, 1_000_000])
-    seeds = [stream(*key).initial_seed() for key in keys]
-    assert len(set(seeds)) == len(seeds)
+    numbers = [0, 1, 2, 999, 1000, 9_997, 10_000, 45_589, 1_000_000, 1_010_000, 10**10]  # deep tasks have large ones
+    keys = list(itertools.product([0, 1, 2, 3, 2146, 2147, 2**32 - 1], (TRAINING, TESTING), numbers))
+    drawn = {tuple(torch.randint(2**40, (4,), generator=stream(*key)).tolist()) for key in keys}
+    assert len(drawn) == len(keys)
 
 
 def test_two_runs_of_one_seed_are_the_same_bit_for_bit(make_model):
@@ -188,6 +189,23 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model):
 def test_a_vocabulary_that_is_too_small_is_refused(make_model):
     with pytest.raises(ValueError, match="the task has 7 words, the model a vocabulary of 6"):
         train(make_model(vocabulary=6), TASK, CONFIG)
+
+
+def test_a_task_that_asks_nothing_or_is_scored_in_no_known_way_is_refused(make_model):
+    class Silent(GraphRetrieval):
+        def sample(self, batch, generator, depth=None):
+            episode = super().sample(batch, generator, depth)
+            return replace(episode, targets=torch.full_like(episode.targets, -100))
+
+    class Odd(GraphRetrieval):
+        scoring = "some"
+
+    for kind, message in (
+        (Silent, "the graph task asks nothing: all its targets are -100"),
+        (Odd, "scoring 'some' of the graph task is unknown: use 'each' or 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(make_model(), kind(nodes=4, hops=2, queries=3), CONFIG)
 
 
 def test_rate_warms_up_stays_and_decays_to_nothing():

@@ -25,7 +25,7 @@ class Episode:
     windows (b, w, L): slept on one after the other, never scored. prompt (b, p): the prediction window.
     targets (b, p): the right token at every position that asks something, -100 elsewhere. depth (b, p): how many
     sequential steps the answer needs (t, k, operations), 0 where nothing is asked or nothing is to be done. All int64.
-    Raises ValueError for shapes that do not fit together.
+    Raises ValueError for shapes that do not fit together, or another kind of number.
     """
 
     windows: Tensor
@@ -40,6 +40,9 @@ class Episode:
             shape = tuple(getattr(self, name).shape)
             if len(shape) != 2 or shape[0] != len(self.windows) or shape != tuple(self.prompt.shape):
                 raise ValueError(f"{name} must be (batch, prompt length) = {tuple(self.prompt.shape)}, got {shape}")
+        for name, tensor in vars(self).items():
+            if tensor.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64, got {tensor.dtype}: use .long()")
 
     def __len__(self) -> int:
         return len(self.windows)

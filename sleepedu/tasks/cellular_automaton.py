@@ -35,10 +35,9 @@ class CellularAutomaton(Task):
     def __post_init__(self):
         checks.whole("cells", self.cells, least=3)
         checks.whole("rows", self.rows, least=1)
-        for t in self.steps:
-            checks.whole(f"each of steps {self.steps}", t, least=1)
-        if not self.steps or len(set(self.steps)) < len(self.steps):
-            raise ValueError(f"steps must be different whole numbers of at least 1, got {self.steps}")
+        checks.different("steps", self.steps, least=1)
+        if not self.steps:
+            raise ValueError("steps must have a number at least, got ()")
         if self.ask not in ("first", "every"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
         if self.ask == "every" and self.rows != 1:
@@ -86,16 +85,16 @@ class CellularAutomaton(Task):
             windows=rows.long(), prompt=prompt.contiguous(), targets=targets.long(), depth=t[:, None].expand_as(prompt)
         )
 
-    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None, row: int = 0):
-        """Draw the space-time diagram of one row, the bits that are asked for marked, and the answers beneath."""
+    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None):
+        """Draw the space-time diagram of the first row, the bits that are asked for marked, and the answers beneath."""
         from sleepedu import figures
 
         self.check(episode)
-        diagram = space_time(episode.windows[index, row], self.rule, int(episode.depth[index, 0]))
+        diagram = space_time(episode.windows[index, 0], self.rule, int(episode.depth[index, 0]))
         asked = range(self.cells) if self.ask == "every" else [0]
         given = None
         if answers is not None:
-            given = answers.tolist() if self.ask == "every" else [int(answers[row])]
+            given = answers.tolist() if self.ask == "every" else [int(answers[0])]
         return figures.space_time(diagram.tolist(), list(asked), given)
 
 

@@ -62,18 +62,13 @@ class MathReasoning(Task):
     depth_name = "operations"
 
     def __post_init__(self):
-        if self.name_words not in (1, 2):
-            raise ValueError(f"name_words must be 1 or 2, got {self.name_words}")
+        checks.whole("name_words", self.name_words, least=1, most=2)
         names = len(COLOURS) if self.name_words == 1 else PAIRED * len(PLACES)
-        if not 2 <= self.quantities <= names:
-            raise ValueError(
-                f"quantities must lie in 2..{names} with name_words {self.name_words}, got {self.quantities}"
-            )
-        if not 1 <= self.operations < self.quantities:
-            raise ValueError(
-                f"operations must lie in 1..{self.quantities - 1} for {self.quantities} quantities, "
-                f"got {self.operations}"
-            )
+        checks.whole(f"quantities with name_words {self.name_words}", self.quantities, least=2, most=names)
+        most = self.quantities - 1
+        checks.whole(f"operations on {self.quantities} quantities", self.operations, least=1, most=most)
+        for name in ("sums", "less"):
+            checks.flag(name, getattr(self, name))
         if self.sums and self.operations > self.quantities - 2:
             raise ValueError(
                 f"sums need two given dials: {self.operations} operations take {self.operations + 2} quantities, "
