@@ -2,7 +2,7 @@
 # what is needed. All but the last set up .venv first, once, and again when requirements.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
-# The models here are small: a second thread per process costs more than it brings.
+# Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: book test lint unit coverage notebooks pages soak environments clean

@@ -20,7 +20,7 @@ from sleepedu.model import CARRIES
 from sleepedu.tasks import TASKS
 from sleepedu.training import print_progress
 
-THREADS = "CPU threads; at these sizes a second one costs more than it brings, far more on a busy machine"
+THREADS = "CPU threads; a second one makes a step shorter on an idle machine, and many times longer on a busy one"
 
 
 def main(arguments: list[str] | None = None) -> int:
