@@ -27,8 +27,9 @@ class Accuracy:
     n: int
     majority: float = math.nan
 
-    def __str__(self) -> str:
-        """Return percent right and the interval, as "29 (17-42)"."""
+    @property
+    def percent(self) -> str:
+        """Percent right and its interval, as "29 (17-42)"."""
         return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
 
 

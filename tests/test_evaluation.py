@@ -36,8 +36,8 @@ def measured(right, n):
 
 
 def test_an_accuracy_is_written_in_percent():
-    assert str(Accuracy(0.294, 0.168, 0.421, 2000)) == "29 (17-42)"
-    assert f"{Accuracy(1.0, 0.998, 1.0, 2000)!s:15}|" == "100 (100-100)  |"
+    assert Accuracy(0.294, 0.168, 0.421, 2000).percent == "29 (17-42)"
+    assert Accuracy(1.0, 0.998, 1.0, 2000).percent == "100 (100-100)"
 
 
 @pytest.mark.parametrize(
