@@ -79,7 +79,7 @@ def evaluate(options: argparse.Namespace) -> int:
     comparisons = sum(len(run.table) for run in runs)
     rows, apart = [], 0
     for run in runs:
-        task, passes = run.make_task(), run.settings["train"]["passes"]
+        task, passes = run.make_task(), run.experiment.passes
         table = accuracy_by_depth(run.load_model(options.device), task, passes, options.examples, options.seed)
         differs = differing(table, run.table, comparisons)
         apart += len(differs)

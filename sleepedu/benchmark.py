@@ -202,10 +202,10 @@ def _one_step(experiment: Experiment, product_ms: float, device: torch.device) -
     optimizers = make_optimizers(model, config)
     episode = task.sample(config.batch, stream(0, TRAINING, 0)).to(device)
 
-    answer, scaler = Answer(model, config.passes), torch.amp.GradScaler(enabled=False)
+    answer, scaler = Answer(model), torch.amp.GradScaler(enabled=False)
 
     def plain() -> None:
-        learn(answer, episode, optimizers, scaler, config)
+        learn(answer, episode, experiment.passes, optimizers, scaler, config)
 
     def step_with(methods: dict[str, Callable]) -> None:
         vars(model).update(methods)
@@ -222,7 +222,7 @@ def _one_step(experiment: Experiment, product_ms: float, device: torch.device) -
     return {
         "task": experiment.task,
         "size": experiment.size,
-        "passes": config.passes,
+        "passes": experiment.passes,
         **found,
         "tokens a second": round(1e3 * tokens / best),
         "operations": operations,

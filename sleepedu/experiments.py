@@ -27,16 +27,18 @@ PACKAGE = Path(__file__).resolve().parent
 # An installed package brings the runs along; in a checkout they lie with the book.
 COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
 OWN = Path("own_runs")
+SLEEPERS = ("sleep", "varied")  # the models that sleep more than one pass
 
 
 @dataclass(frozen=True)
 class Experiment:
     """One run in words: task x size x model x N x seed.
 
-    task: a name in ``TASKS``. size: one of ``SIZES`` that the task has. model: a name in ``MODELS``. passes: N.
+    task: a name in ``TASKS``. size: one of ``SIZES`` that the task has. model: a name in ``MODELS``. passes: N;
+    of "varied", the most passes that it was trained with, which it is measured with too.
     carry: as in ``ModelConfig``; "" takes the recipe's. steps, learning_rate: override the recipe's, to try things out;
     0 keeps it.
-    Raises ValueError for an unknown name, N < 1, or more than one pass for a model that does not sleep.
+    Raises ValueError for an unknown name, N < 1, N > 1 for a model that does not sleep, or N = 1 for one of varied N.
     """
 
     task: str
@@ -59,7 +61,9 @@ class Experiment:
         if (self.task, self.size) not in RECIPES:
             sizes = ", ".join(size for size in SIZES if (self.task, size) in RECIPES)
             raise ValueError(f"task {self.task!r} has no size {self.size!r}: use one of {sizes}")
-        if self.model != "sleep" and self.passes != 1:
+        if self.model == "varied" and self.passes == 1:
+            raise ValueError("model 'varied' draws N from 1 to passes: passes must be above 1")
+        if self.model not in SLEEPERS and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
         checks.whole("steps", self.steps, least=0)
         checks.finite("learning_rate", self.learning_rate)
@@ -70,7 +74,7 @@ class Experiment:
     def name(self) -> str:
         """The run's name, and that of its folder."""
         parts = [self.task, self.size, self.model]
-        if self.model == "sleep":
+        if self.model in SLEEPERS:
             parts.append(f"N{self.passes}")
         if self.carry != self.recipe.carry:
             parts.append(self.carry)
@@ -98,7 +102,8 @@ class Experiment:
 
     @property
     def train_config(self) -> TrainConfig:
-        settings = dict(self.recipe.train, passes=self.passes, seed=self.seed)
+        passes = (1, self.passes) if self.model == "varied" else self.passes
+        settings = dict(self.recipe.train, passes=passes, seed=self.seed)
         settings["steps"] = self.steps or settings["steps"]
         rate = self.learning_rate or self.recipe.learning_rates.get(self.passes)
         if rate:

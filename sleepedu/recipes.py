@@ -8,6 +8,7 @@ from typing import Any
 SIZES = ("smoke", "laptop", "split", "paper")  # split: as laptop, but what is to be joined lies in several windows
 MODELS = {
     "sleep": "the hybrid of attention and fast weights, sleeping N passes on every window",
+    "varied": "the same, trained with N drawn anew for every batch, from 1 to the N that is asked for",
     "transformer": "attention only, evicting every window: what is left of the past is nothing",
     "kept": "attention only, evicting nothing: it looks back at everything when it answers",
     "longer": "the hybrid at N = 1, trained on four times the steps",

@@ -8,6 +8,7 @@ from sleepedu.recipes import MODELS
 from sleepedu.tasks import Task
 
 LABELS = {
+    "varied": "N=1 to {}",
     "transformer": "transformer",
     "kept": "keeps its cache",
     "longer": "N=1, 4x steps",
@@ -36,7 +37,7 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 def label(run: Run) -> str:
     """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
-    words = [LABELS.get(e.model, f"N={e.passes}")]
+    words = [LABELS.get(e.model, f"N={e.passes}").format(e.passes)]
     if e.carry != e.recipe.carry:
         words.append(e.carry)
     if e.steps:

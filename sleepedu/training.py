@@ -36,13 +36,13 @@ COMPILED = ("blocks", "write")  # the model's methods that run a pass
 class TrainConfig:
     """Everything that shapes a training run besides the task and the model.
 
-    passes: N. steps x batch examples. learning_rate: Muon's, for hidden matrices; adam_learning_rate: for embeddings,
-    head, gates and vectors. warmup steps up, then stable, then down to zero over the last ``decay`` part of the run.
+    passes: N, or (fewest, most) to draw N anew for every batch, each as likely. steps x batch examples. learning_rate:
+    Muon's, for hidden matrices; adam_learning_rate: for embeddings, head, gates and vectors. warmup steps up, then stable, then down to zero over the last ``decay`` part of the run.
     autocast: "", or "bfloat16" / "float16" for mixed precision (S stays float32). Raises ValueError for values that
     cannot train.
     """
 
-    passes: int = 1
+    passes: int | tuple[int, int] = 1
     steps: int = 1000
     batch: int = 64
     seed: int = 0
@@ -55,7 +55,10 @@ class TrainConfig:
     autocast: str = ""
 
     def __post_init__(self):
-        check_passes(self.passes)
+        for passes in self.range_of_passes:
+            check_passes(passes)
+        if self.range_of_passes[0] > self.range_of_passes[1]:
+            raise ValueError(f"passes {self.passes} must be (fewest, most), the fewest first")
         checks.seed(self.seed)
         checks.whole("steps", self.steps, least=1)
         checks.whole("batch", self.batch, least=1)
@@ -72,6 +75,15 @@ class TrainConfig:
             )
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ValueError(f"autocast {self.autocast!r} is unknown: use '', 'bfloat16' or 'float16'")
+
+    @property
+    def range_of_passes(self) -> tuple[int, int]:
+        """The fewest and the most passes that a batch is slept on. Raises ValueError for what is neither N nor two."""
+        if not isinstance(self.passes, tuple):
+            return self.passes, self.passes
+        if len(self.passes) != 2:
+            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
+        return self.passes
 
     def rate(self, step: int) -> float:
         """Return the share of the learning rate at a step (from 0): warm-up, stable, linear decay."""
@@ -115,10 +127,13 @@ def train(
     scale = 2.0**16 / distributed.ranks()
     scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
     history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
-    answer: nn.Module = Answer(model, config.passes, recompute)
+    answer: nn.Module = Answer(model, recompute)
+    fewest, most = config.range_of_passes
     if distributed.ranks() > 1:
-        # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so.
-        answer = DistributedDataParallel(answer, static_graph=True)
+        # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so. Where N
+        # changes, it has to be looked for in every step.
+        fixed = fewest == most
+        answer = DistributedDataParallel(answer, static_graph=fixed, find_unused_parameters=not fixed)
     if compile and not can_compile(device):
         warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=2)
         compile = False
@@ -142,10 +157,12 @@ def train(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * config.rate(step)
-            batch = task.sample(config.batch, stream(config.seed, TRAINING, step))
+            generator = stream(config.seed, TRAINING, step)
+            batch = task.sample(config.batch, generator)
+            passes = int(torch.randint(fewest, most + 1, (), generator=generator))
             # The ranks' mean is that of the whole batch, also where one has more scored tokens than another.
             count = int(batch.asked.sum()) / distributed.ranks()
-            sums += learn(answer, distributed.share(batch).to(device), optimizers, scaler, config, count)
+            sums += learn(answer, distributed.share(batch).to(device), passes, optimizers, scaler, config, count)
             progress.step, progress.counted = step + 1, progress.counted + 1
             if not (step + 1) % every or step + 1 == config.steps:
                 mean_loss, mean_accuracy, mean_norm = distributed.mean(sums / progress.counted).tolist()
@@ -181,12 +198,13 @@ def check_task(model: SleepLM, task: Task) -> None:
 def learn(
     answer: nn.Module,
     episode: Episode,
+    passes: int,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     count: float = 0,
 ) -> Tensor:
-    """Take one step on an episode: answer, score, follow the gradient back, clip it, move. Return what is measured.
+    """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move. Return what is measured.
 
     That is (3,): loss (nats a scored token), share right, and the gradient's norm. count: as in ``score``.
     """
@@ -194,7 +212,7 @@ def learn(
         optimizer.zero_grad(set_to_none=True)
     kind = episode.prompt.device.type
     with torch.autocast(kind, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
-        logits = answer(episode)
+        logits = answer(episode, passes)
     loss, accuracy = score(logits.float(), episode, count)
     scaler.scale(loss).backward()
     for optimizer in optimizers:
@@ -246,12 +264,12 @@ def compiled_blocks(model: SleepLM) -> Iterator[None]:
 class Answer(nn.Module):
     """An episode's logits as a module's forward: the one call whose gradients DistributedDataParallel averages."""
 
-    def __init__(self, model: SleepLM, passes: int, recompute: bool = False):
+    def __init__(self, model: SleepLM, recompute: bool = False):
         super().__init__()
-        self.model, self.passes, self.recompute = model, passes, recompute
+        self.model, self.recompute = model, recompute
 
-    def forward(self, episode: Episode) -> Tensor:
-        return run_episode(self.model, episode, self.passes, recompute=self.recompute)
+    def forward(self, episode: Episode, passes: int) -> Tensor:
+        return run_episode(self.model, episode, passes, recompute=self.recompute)
 
 
 def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, Tensor]:
@@ -329,8 +347,9 @@ def print_progress(history: History, config: TrainConfig) -> None:
     tenth = step * 10 // config.steps
     if not in_place and len(history.step) > 1 and tenth == history.step[-2] * 10 // config.steps:
         return
+    fewest, most = config.range_of_passes
     line = (
-        f"N={config.passes}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
+        f"N={fewest if fewest == most else f'{fewest} to {most}'}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
         f"(best constant {history.majority_loss:.3f})  right {history.accuracy[-1]:.0%}  "
         f"{seconds:.0f} s, {seconds / step * (config.steps - step):.0f} s left"
     )
