@@ -57,8 +57,8 @@ class TrainConfig:
     def __post_init__(self):
         for passes in self.range_of_passes:
             check_passes(passes)
-        if self.range_of_passes[0] > self.range_of_passes[1]:
-            raise ValueError(f"passes {self.passes} must be (fewest, most), the fewest first")
+        if len(self.range_of_passes) != 2 or self.range_of_passes[0] > self.range_of_passes[1]:
+            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
         checks.seed(self.seed)
         checks.whole("steps", self.steps, least=1)
         checks.whole("batch", self.batch, least=1)
@@ -78,12 +78,8 @@ class TrainConfig:
 
     @property
     def range_of_passes(self) -> tuple[int, int]:
-        """The fewest and the most passes that a batch is slept on. Raises ValueError for what is neither N nor two."""
-        if not isinstance(self.passes, tuple):
-            return self.passes, self.passes
-        if len(self.passes) != 2:
-            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
-        return self.passes
+        """The fewest and the most passes that a batch is slept on."""
+        return self.passes if isinstance(self.passes, tuple) else (self.passes, self.passes)
 
     def rate(self, step: int) -> float:
         """Return the share of the learning rate at a step (from 0): warm-up, stable, linear decay."""
@@ -347,9 +343,9 @@ def print_progress(history: History, config: TrainConfig) -> None:
     tenth = step * 10 // config.steps
     if not in_place and len(history.step) > 1 and tenth == history.step[-2] * 10 // config.steps:
         return
-    fewest, most = config.range_of_passes
+    passes = " to ".join(str(n) for n in sorted(set(config.range_of_passes)))
     line = (
-        f"N={fewest if fewest == most else f'{fewest} to {most}'}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
+        f"N={passes}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
         f"(best constant {history.majority_loss:.3f})  right {history.accuracy[-1]:.0%}  "
         f"{seconds:.0f} s, {seconds / step * (config.steps - step):.0f} s left"
     )

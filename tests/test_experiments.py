@@ -44,11 +44,11 @@ def rewrite(path, **changes):
 
 @pytest.mark.parametrize("task, size", RECIPES)
 def test_every_recipe_makes_a_task_a_model_and_a_training_run(task, size):
-    for model, passes in (("sleep", 1), ("sleep", 4), ("transformer", 1), ("longer", 1)):
+    for model, passes in (("sleep", 1), ("sleep", 4), ("varied", 4), ("transformer", 1), ("longer", 1)):
         experiment = Experiment(task, size, model, passes)
         episode = experiment.make_task().sample(2, torch.Generator().manual_seed(0))
         experiment.make_task().check(episode)
-        assert experiment.train_config.passes == passes
+        assert experiment.train_config.passes == ((1, passes) if model == "varied" else passes)
     config = Experiment(task, size).model_config
     with torch.device("meta"):
         SleepLM(config)
@@ -63,7 +63,7 @@ def test_a_size_without_a_recipe_is_refused_by_name(task, size):
 
 
 def test_models_differ_in_what_they_say_they_differ_in():
-    made = {model: Experiment("graph", "smoke", model) for model in experiments.MODELS}
+    made = {model: Experiment("graph", "smoke", model) for model in experiments.MODELS if model != "varied"}
     sleep, transformer, longer, kept, deeper = (made[m] for m in ("sleep", "transformer", "longer", "kept", "deeper"))
     assert sleep.model_config.layout == "ag" and transformer.model_config.layout == "aa"
     assert replace(transformer.model_config, layout="ag") == sleep.model_config
@@ -71,6 +71,9 @@ def test_models_differ_in_what_they_say_they_differ_in():
     assert kept.train_config == deeper.train_config == sleep.train_config
     assert longer.train_config == replace(sleep.train_config, steps=4 * sleep.train_config.steps)
     assert longer.model_config == sleep.model_config and transformer.train_config == sleep.train_config
+    varied, four = (Experiment("graph", "smoke", model, passes=4) for model in ("varied", "sleep"))
+    assert varied.model_config == four.model_config
+    assert replace(varied.train_config, passes=4) == four.train_config
 
 
 def test_a_recipe_may_tune_the_learning_rate_for_an_N(monkeypatch):
@@ -82,6 +85,7 @@ def test_a_recipe_may_tune_the_learning_rate_for_an_N(monkeypatch):
 
 VARIANTS = (
     [{"passes": n} for n in (1, 2, 4)]
+    + [{"model": "varied", "passes": n} for n in (2, 4)]
     + [{"seed": 1}, {"steps": 7}, {"learning_rate": 0.5}, {"model": "transformer"}, {"model": "longer"}]
     + [{"carry": carry} for carry in CARRIES if carry != "hidden"]
 )
@@ -125,6 +129,7 @@ def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
         ({"carry": "nothing"}, "carry 'nothing' is unknown"),
         ({"passes": 0}, r"passes \(N\) .* got 0"),
         ({"model": "transformer", "passes": 2}, "model 'transformer' does not sleep: passes must be 1, got 2"),
+        ({"model": "varied"}, "model 'varied' draws N from 1 to passes: passes must be above 1"),
         ({"model": "longer", "passes": 2}, "model 'longer' does not sleep"),
         ({"seed": -1}, "seed must lie in 0..4294967295, got -1"),
         ({"learning_rate": -0.1}, "learning_rate must be above 0, got -0.1"),

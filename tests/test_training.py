@@ -15,6 +15,7 @@ import torch
 from sleepedu import checkpoint, experiments, training
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.model import SleepLM
+from sleepedu.sleep import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 from sleepedu.training import (
     TESTING,
@@ -71,13 +72,36 @@ def assert_same_weights(model, other):
 
 def test_every_N_and_model_sees_the_same_data_in_the_same_order(make_model):
     orders = []
-    for passes, layout in ((1, "ag"), (2, "ag"), (3, "g")):
+    for passes, layout in ((1, "ag"), (2, "ag"), (3, "g"), ((1, 3), "ag")):
         seen = []
         train(make_model(layout), recording(seen), replace(CONFIG, passes=passes, steps=5))
         orders.append(torch.stack([torch.cat((e.windows[:, 0], e.prompt, e.targets), dim=1) for e in seen]))
     assert len(orders[0]) == 5
-    assert torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
+    assert all(torch.equal(orders[0], other) for other in orders)
     assert not torch.equal(orders[0][0], orders[0][1])
+
+
+def test_N_is_drawn_anew_for_every_batch(make_model, monkeypatch):
+    drawn = []
+
+    def counting(model, episode, passes, **how):
+        drawn.append(passes)
+        return run_episode(model, episode, passes, **how)
+
+    monkeypatch.setattr(training, "run_episode", counting)
+    config = replace(CONFIG, passes=(2, 4), steps=60)
+    for seed in (0, 0, 1):
+        train(make_model("g"), TASK, replace(config, seed=seed))
+    first, again, other = drawn[:60], drawn[60:120], drawn[120:]
+    assert first == again != other
+    assert all(10 < first.count(n) < 30 for n in (2, 3, 4)), "each as likely"
+
+
+def test_N_drawn_from_a_single_value_is_that_N(make_model):
+    fixed, drawn = make_model(), make_model()
+    train(fixed, TASK, CONFIG)
+    train(drawn, TASK, replace(CONFIG, passes=(2, 2)))
+    assert_same_weights(drawn, fixed)
 
 
 def test_another_seed_sees_other_data(make_model):
@@ -102,14 +126,15 @@ def test_two_runs_of_one_seed_are_the_same_bit_for_bit(make_model):
     assert not torch.equal(first.head.weight, make_model("agag").head.weight)
 
 
-@pytest.mark.parametrize("carry", ["hidden", "inject"])
-def test_a_resumed_run_is_the_uninterrupted_one(carry, make_model, tmp_path, saves_at_every_entry):
+@pytest.mark.parametrize("carry, passes", [("hidden", 2), ("inject", 2), ("inject", (1, 3))])
+def test_a_resumed_run_is_the_uninterrupted_one(carry, passes, make_model, tmp_path, saves_at_every_entry):
     whole, first, second = make_model("ag", carry), make_model("ag", carry), make_model("ag", carry, seed=1)
-    history = train(whole, TASK, CONFIG)
+    config = replace(CONFIG, passes=passes)
+    history = train(whole, TASK, config)
     with pytest.raises(Interrupted):
-        train(first, TASK, CONFIG, tmp_path, interrupt_at(7))
+        train(first, TASK, config, tmp_path, interrupt_at(7))
     seen = []
-    resumed = train(second, recording(seen), CONFIG, tmp_path)
+    resumed = train(second, recording(seen), config, tmp_path)
     assert len(seen) == 6, "the steps after the last checkpoint, and no others"
     assert_same_weights(second, whole)
     assert resumed.step == history.step == list(range(1, 13))
@@ -272,7 +297,9 @@ def test_history_says_where_the_run_stands(make_model, capsys):
     assert history.tokens_per_step == CONFIG.batch * (8 + 6)
     assert all(0 <= share <= 1 for share in history.accuracy)
     shown = capsys.readouterr().out
-    assert shown.endswith("\n") and "step 12/12" in shown and "N=2" in shown
+    assert shown.endswith("\n") and "step 12/12" in shown and "N=2 " in shown
+    train(make_model(), TASK, replace(CONFIG, passes=(1, 2)), watch=training.print_progress)
+    assert "N=1 to 2 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
@@ -302,6 +329,12 @@ def test_wrong_training_settings_are_named(settings):
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=rf"{name}.*got.*{value}|{name} '{value}'"):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("passes", [(3, 2), (0, 2), (1, 2.5), (1,), (1, 2, 3), ()], ids=str)
+def test_a_wrong_range_of_passes_is_named(passes):
+    with pytest.raises(ValueError, match=r"passes .*got (0|2\.5|\(.*\))$"):
+        TrainConfig(passes=passes)
 
 
 def test_the_smoke_run_of_graph_retrieval_learns():
