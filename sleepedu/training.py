@@ -37,9 +37,9 @@ class TrainConfig:
     """Everything that shapes a training run besides the task and the model.
 
     passes: N, or (fewest, most) to draw N anew for every batch, each as likely. steps x batch examples. learning_rate:
-    Muon's, for hidden matrices; adam_learning_rate: for embeddings, head, gates and vectors. warmup steps up, then stable, then down to zero over the last ``decay`` part of the run.
-    autocast: "", or "bfloat16" / "float16" for mixed precision (S stays float32). Raises ValueError for values that
-    cannot train.
+    Muon's, for hidden matrices; adam_learning_rate: for embeddings, head, gates and vectors. warmup steps up, then
+    stable, then down to zero over the last ``decay`` part of the run. autocast: "", or "bfloat16" / "float16" for mixed
+    precision (S stays float32). Raises ValueError for values that cannot train.
     """
 
     passes: int | tuple[int, int] = 1
@@ -200,9 +200,10 @@ def learn(
     config: TrainConfig,
     count: float = 0,
 ) -> Tensor:
-    """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move. Return what is measured.
+    """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move.
 
-    That is (3,): loss (nats a scored token), share right, and the gradient's norm. count: as in ``score``.
+    Return what is measured, (3,): loss (nats a scored token), share right, and the gradient's norm. count: as in
+    ``score``.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
