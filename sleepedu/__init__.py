@@ -6,14 +6,15 @@ sleep, training, evaluation, experiments, figures, explore.
 
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep import Session, SleepTrace, run_episode, sleep, wake
-from sleepedu.tasks import CellularAutomaton, Episode, GraphRetrieval, Task
+from sleepedu.sleep import Session, SleepTrace, run_episode, sleep, sleep_until_settled, wake
+from sleepedu.tasks import CellularAutomaton, Episode, GraphRetrieval, MathReasoning, Task
 from sleepedu.training import TrainConfig, print_progress, train
 
 __all__ = [
     "CellularAutomaton",
     "Episode",
     "GraphRetrieval",
+    "MathReasoning",
     "ModelConfig",
     "Session",
     "SleepLM",
@@ -24,6 +25,7 @@ __all__ = [
     "print_progress",
     "run_episode",
     "sleep",
+    "sleep_until_settled",
     "train",
     "wake",
 ]

@@ -119,6 +119,56 @@ def sleep(
     return _run_passes(model, None, embedding, S, passes, trace, recompute)
 
 
+@torch.no_grad()
+def sleep_until_settled(
+    model: SleepLM, tokens: Tensor, S: FastWeights | None = None, passes: int = 16, tolerance: float = 0.1
+) -> tuple[FastWeights, Tensor]:
+    """Sleep on one full window for as long as S changes: return it, and how many passes each sequence took, (b,).
+
+    A sequence has settled when a pass after the first has changed the S of every layer by no more than ``tolerance``
+    of its norm, ``|S_n - S_(n-1)| <= tolerance |S_n|``; that pass is its last, and the others go on without it.
+    tokens, S: as in ``sleep``. passes: the most to take. Not for training: there is no gradient.
+    Raises ValueError for passes < 1, a tolerance not above 0, tokens outside the vocabulary, an S that does not fit, or
+    a model without fast weights.
+    """
+    check_passes(passes)
+    _check_settles(model, tolerance)
+    embedding = model.embed(tokens)
+    S = model.empty_fast_weights(len(tokens)) if S is None else S
+    h, S = model.blocks(embedding, S)
+    return _until_settled(model, h, embedding, S, passes, tolerance)
+
+
+def _until_settled(
+    model: SleepLM, h: Tensor, embedding: Tensor, S: FastWeights, passes: int, tolerance: float
+) -> tuple[FastWeights, Tensor]:
+    """Go on from the h and S that the first pass left; return the last S, and all passes taken."""
+    final = tuple(matrix.clone() for matrix in S)
+    taken = torch.ones(len(h), dtype=torch.long, device=h.device)
+    awake = torch.arange(len(h), device=h.device)  # the sequences that go on
+    for _ in range(1, passes):
+        if not len(awake):
+            break
+        h, after = model.blocks(model.carry(h, embedding), S)
+        taken[awake] += 1
+        still = torch.zeros_like(awake, dtype=torch.bool)
+        for whole, new, old in zip(final, after, S, strict=True):
+            whole[awake] = new
+            still |= (new - old).flatten(1).norm(dim=1) > tolerance * new.flatten(1).norm(dim=1)
+        awake, h, embedding = awake[still], h[still], embedding[still]
+        S = tuple(matrix[still] for matrix in after)
+    return final, taken
+
+
+def _check_settles(model: SleepLM, tolerance: float) -> None:
+    _check_sleeps(model)
+    checks.finite("tolerance", tolerance)
+    if tolerance <= 0:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}")
+    if not model.fast_layers:
+        raise ValueError(f"layout {model.config.layout!r} has no fast weights that could settle: use sleep")
+
+
 def _check_sleeps(model: SleepLM) -> None:
     if model.config.keeps_cache:
         raise ValueError(f"layout {model.config.layout!r} keeps its cache and cannot sleep: use run_episode")
@@ -272,23 +322,28 @@ def print_reading(reading: Reading) -> None:
 class Session:
     """Streaming use of a sleeping model: read tokens in pieces of any size, sleep when the window is full, answer.
 
-    window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. However much it reads,
-    it keeps no more than one window and S. ``S`` is the fast weights, ``tokens_read`` and ``sleeps`` count.
-    Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, or a model that
-    keeps its cache.
+    window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. tolerance: None, or to end
+    a sleep before N passes as ``sleep_until_settled`` does. However much it reads, it keeps no more than one window and
+    S. ``S`` is the fast weights; ``tokens_read`` and ``sleeps`` count; ``passes_taken`` (batch,) is of the last sleep.
+    Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, a model that keeps
+    its cache, or a tolerance that is not above 0 or of a model without fast weights.
     """
 
-    def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1):
+    def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1, tolerance: float | None = None):
         check_passes(passes)
         _check_sleeps(model)
         checks.whole("window", window, least=1)
         checks.whole("batch", batch, least=1)
+        if tolerance is not None:
+            _check_settles(model, tolerance)
         if 0 < model.config.positions < window:
             raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
         self.model, self.window, self.passes, self.batch = model, window, passes, batch
+        self.tolerance = tolerance
         self.S = model.empty_fast_weights(batch)
         self.tokens_read = 0
         self.sleeps = 0
+        self.passes_taken = torch.zeros(batch, dtype=torch.long, device=model.head.weight.device)
         self._filled: int
         self._cache: list[WindowCache]
         self._clear_window()
@@ -371,9 +426,14 @@ class Session:
         """Sleep now on what the window holds, and clear it. The reading was the first of the N passes."""
         if not self._filled:
             return
+        S, taken = self.S, torch.full_like(self.passes_taken, self.passes)
         if self.passes > 1:
             h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
-            self.S = _run_passes(self.model, h, embedding, self.S, self.passes - 1)
+            if self.tolerance is None:
+                S = _run_passes(self.model, h, embedding, S, self.passes - 1)
+            else:
+                S, taken = _until_settled(self.model, h, embedding, S, self.passes, self.tolerance)
+        self.S, self.passes_taken = S, taken
         self.sleeps += 1
         self._clear_window()
 

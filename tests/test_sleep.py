@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from sleepedu.model import CARRIES
-from sleepedu.sleep import Reading, Session, SleepTrace, print_reading, run_episode, sleep, wake
+from sleepedu.sleep import (
+    Reading,
+    Session,
+    SleepTrace,
+    print_reading,
+    run_episode,
+    sleep,
+    sleep_until_settled,
+    wake,
+)
 from sleepedu.tasks import Episode, GraphRetrieval
 from sleepedu.training import score
 
@@ -563,3 +572,71 @@ def test_a_prompt_has_to_ask_something(make_model):
     session = Session(make_model("ag"), window=4, passes=1)
     with pytest.raises(ValueError, match="a prompt must have a token at least"):
         session.answer(torch.zeros(1, 0, dtype=torch.long))
+
+
+# Sleeping until S has settled
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_every_sequence_wakes_when_its_own_S_has_settled(carry, make_model):
+    model, tokens = make_model("agag", carry), TASK.sample(40, torch.Generator().manual_seed(1)).windows[:, 0]
+    before = sleep(model, tokens.flip(0))  # of an earlier window
+    trace = SleepTrace()
+    sleep(model, tokens, before, 6, trace)
+    S = trace.stack().flatten(3)  # (passes + 1, layers, b, ...)
+    changes = ((S[1:] - S[:-1]).norm(dim=-1) / S[1:].norm(dim=-1)).amax(dim=1)  # (passes, b)
+    tolerance = changes[1:].median().item()
+    settled = changes[1:] <= tolerance
+    wanted = torch.where(settled.any(dim=0), 2 + settled.int().argmax(dim=0), 6)
+    found, taken = sleep_until_settled(model, tokens, before, passes=6, tolerance=tolerance)
+    assert torch.equal(taken, wanted) and len(taken.unique()) > 1
+    for layer, matrix in enumerate(found):
+        assert_close(matrix, torch.stack([trace.S[0][n][layer][i] for i, n in enumerate(wanted)]))
+
+
+def test_a_sleep_that_never_settles_takes_all_its_passes_and_one_that_settles_at_once_takes_two(make_model):
+    model, tokens = make_model("ag"), EPISODE.windows[:, 0]
+    for passes, tolerance, wanted in ((5, 1e-9, 5), (5, 1e9, 2), (1, 1e9, 1)):
+        (found,), taken = sleep_until_settled(model, tokens, passes=passes, tolerance=tolerance)
+        assert taken.tolist() == [wanted] * 3
+        assert_close(found, sleep(model, tokens, passes=wanted)[0])
+
+
+def test_a_session_sleeps_until_settled_on_every_window(make_model):
+    model = make_model("ag", "inject")
+    first, second = EPISODE.windows.unbind(1)
+    trace = SleepTrace()
+    sleep(model, first, passes=4, trace=trace)
+    tolerance = trace.changes()[1:].median().item()
+    S, taken = sleep_until_settled(model, first, passes=4, tolerance=tolerance)
+    session = Session(model, window=4, passes=4, batch=3, tolerance=tolerance)
+    for piece in first.split((1, 3), dim=1):
+        session.read(piece)
+    assert torch.equal(session.passes_taken, taken)
+    assert_close(session.S[0], S[0])
+    S, taken = sleep_until_settled(model, second, S, passes=4, tolerance=tolerance)
+    session.read(second)
+    assert torch.equal(session.passes_taken, taken)
+    assert_close(session.S[0], S[0])
+    fixed = Session(model, window=4, passes=4, batch=3)
+    assert fixed.passes_taken.tolist() == [0] * 3
+    fixed.read(first)
+    assert fixed.passes_taken.tolist() == [4] * 3
+
+
+@pytest.mark.parametrize(
+    "layout, settings, message",
+    [
+        ("ag", {"passes": 0}, r"passes \(N\) .* got 0"),
+        ("ag", {"tolerance": 0.0}, "tolerance must be above 0, got 0.0"),
+        ("ag", {"tolerance": float("nan")}, "tolerance must be a finite number, got nan"),
+        ("aa", {}, "layout 'aa' has no fast weights that could settle"),
+        ("AA", {}, "layout 'AA' keeps its cache and cannot sleep"),
+    ],
+)
+def test_what_cannot_settle_is_refused(layout, settings, message, make_model):
+    model = make_model(layout)
+    with pytest.raises(ValueError, match=message):
+        sleep_until_settled(model, EPISODE.windows[:, 0], **settings)
+    with pytest.raises(ValueError, match=message):
+        Session(model, window=4, batch=3, **{"passes": 2, "tolerance": 0.1} | settings)
