@@ -41,6 +41,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--passes", "two"], "invalid int value: 'two'"),
         ([*SMOKE, "--passes", "1.5"], "invalid int value: '1.5'"),
         ([*SMOKE, "--model", "transformer", "--passes", "2"], "does not sleep"),
+        ([*SMOKE, "--model", "varied"], "passes must be above 1"),
         ([*SMOKE, "--seed", "-1"], "seed"),
         ([*SMOKE, "--seed", "9" * 30], ""),
         ([*SMOKE, "--steps", "-1"], "steps"),
@@ -140,6 +141,17 @@ def test_train_evaluate_and_results(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert f"{evaluated['depths']['3']['accuracy']:.3f}" in shown and "hops k" in shown
     assert "none of 3 accuracies on examples of seed 5 differs" in shown
+
+
+def test_a_run_with_varied_passes_is_measured_with_the_most_of_them(capsys, tmp_path):
+    settings = ["--model", "varied", "--passes", "3", "--examples", "20", "--runs", str(tmp_path)]
+    assert main([*SMOKE, *settings]) == 0
+    run = tmp_path / "graph-smoke-varied-N3-4steps-seed0"
+    assert main(["reproduce", str(run), "--quiet"]) == 0
+    assert "weights  identical" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--examples", "20", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["passes"] == 3 and row["run"] == run.name
 
 
 def test_a_run_that_scores_otherwise_than_is_stored_is_told(capsys, monkeypatch):
