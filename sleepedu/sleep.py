@@ -123,13 +123,14 @@ def sleep(
 def sleep_until_settled(
     model: SleepLM, tokens: Tensor, S: FastWeights | None = None, passes: int = 16, tolerance: float = 0.1
 ) -> tuple[FastWeights, Tensor]:
-    """Sleep on one full window for as long as S changes: return it, and how many passes each sequence took, (b,).
+    """Sleep on one full window for as long as S changes: return S, and how many passes each sequence took, (b,).
 
     A sequence has settled when a pass after the first has changed the S of every layer by no more than ``tolerance``
     of its norm, ``|S_n - S_(n-1)| <= tolerance |S_n|``; that pass is its last, and the others go on without it.
-    tokens, S: as in ``sleep``. passes: the most to take. Not for training: there is no gradient.
-    Raises ValueError for passes < 1, a tolerance not above 0, tokens outside the vocabulary, an S that does not fit, or
-    a model without fast weights.
+    tokens, S: as in ``sleep``. passes: the most to take, which one that never settles takes, too. Not for training:
+    there is no gradient.
+    Raises ValueError for passes < 1, a tolerance that is not finite and above 0, tokens outside the vocabulary, an S
+    that does not fit, or a model that has no fast weights or keeps its cache.
     """
     check_passes(passes)
     _check_settles(model, tolerance)
@@ -154,7 +155,7 @@ def _until_settled(
         still = torch.zeros_like(awake, dtype=torch.bool)
         for whole, new, old in zip(final, after, S, strict=True):
             whole[awake] = new
-            still |= (new - old).flatten(1).norm(dim=1) > tolerance * new.flatten(1).norm(dim=1)
+            still |= ~((new - old).flatten(1).norm(dim=1) <= tolerance * new.flatten(1).norm(dim=1))  # nan has not
         awake, h, embedding = awake[still], h[still], embedding[still]
         S = tuple(matrix[still] for matrix in after)
     return final, taken
@@ -324,7 +325,8 @@ class Session:
 
     window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. tolerance: None, or to end
     a sleep before N passes as ``sleep_until_settled`` does. However much it reads, it keeps no more than one window and
-    S. ``S`` is the fast weights; ``tokens_read`` and ``sleeps`` count; ``passes_taken`` (batch,) is of the last sleep.
+    S. ``S`` is the fast weights; ``tokens_read`` and ``sleeps`` count; ``passes_taken`` (batch,) is of the last sleep,
+    zero before the first.
     Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, a model that keeps
     its cache, or a tolerance that is not above 0 or of a model without fast weights.
     """

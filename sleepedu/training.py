@@ -1,8 +1,8 @@
 """Training through the sleep, end to end: Muon for hidden matrices, AdamW for the rest.
 
-A run depends on its settings and seed alone: batch i is drawn from a generator seeded by (seed, i), so every N sees
-the same data in the same order, and a run that was interrupted goes on exactly where it stood. Under ``torchrun`` the
-ranks share each of these batches among them, and the result is the same to rounding.
+A run depends on its settings and seed alone: batch i is drawn from a generator seeded by (seed, i), and after it N,
+where that varies. So every N sees the same data in the same order, and a run that was interrupted goes on exactly where
+it stood. Under ``torchrun`` the ranks share each of these batches among them, and the result is the same to rounding.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ COMPILED = ("blocks", "write")  # the model's methods that run a pass
 class TrainConfig:
     """Everything that shapes a training run besides the task and the model.
 
-    passes: N, or (fewest, most) to draw N anew for every batch, each as likely. steps x batch examples. learning_rate:
-    Muon's, for hidden matrices; adam_learning_rate: for embeddings, head, gates and vectors. warmup steps up, then
-    stable, then down to zero over the last ``decay`` part of the run. autocast: "", or "bfloat16" / "float16" for mixed
-    precision (S stays float32). Raises ValueError for values that cannot train.
+    passes: N, or (fewest, most) to draw N anew for every batch, all equally likely. steps x batch examples.
+    learning_rate: Muon's, for hidden matrices; adam_learning_rate: for embeddings, head, gates and vectors. warmup:
+    steps up, then stable, then down to zero over the last ``decay`` part of the run. autocast: "", or "bfloat16" /
+    "float16" for mixed precision (S stays float32). Raises ValueError for values that cannot train.
     """
 
     passes: int | tuple[int, int] = 1
@@ -55,6 +55,8 @@ class TrainConfig:
     autocast: str = ""
 
     def __post_init__(self):
+        if isinstance(self.passes, list):
+            raise ValueError(f"passes must be N or a tuple, (fewest, most), got {self.passes}")
         for passes in self.range_of_passes:
             check_passes(passes)
         if len(self.range_of_passes) != 2 or self.range_of_passes[0] > self.range_of_passes[1]:
@@ -78,7 +80,7 @@ class TrainConfig:
 
     @property
     def range_of_passes(self) -> tuple[int, int]:
-        """The fewest and the most passes that a batch is slept on."""
+        """The fewest and the most passes that a batch may get, both N where N is fixed."""
         return self.passes if isinstance(self.passes, tuple) else (self.passes, self.passes)
 
     def rate(self, step: int) -> float:
