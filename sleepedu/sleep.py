@@ -155,7 +155,8 @@ def _until_settled(
         still = torch.zeros_like(awake, dtype=torch.bool)
         for whole, new, old in zip(final, after, S, strict=True):
             whole[awake] = new
-            still |= ~((new - old).flatten(1).norm(dim=1) <= tolerance * new.flatten(1).norm(dim=1))  # nan has not
+            settled = (new - old).flatten(1).norm(dim=1) <= tolerance * new.flatten(1).norm(dim=1)
+            still |= ~settled  # so that what is no number has not settled
         awake, h, embedding = awake[still], h[still], embedding[still]
         S = tuple(matrix[still] for matrix in after)
     return final, taken
