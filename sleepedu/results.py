@@ -37,7 +37,7 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 def label(run: Run) -> str:
     """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
-    words = [LABELS.get(e.model, f"N={e.passes}").format(e.passes)]
+    words = [LABELS.get(e.model, "N={}").format(e.passes)]
     if e.carry != e.recipe.carry:
         words.append(e.carry)
     if e.steps:
