@@ -6,7 +6,7 @@ sleep, training, evaluation, experiments, figures, explore.
 
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep import Session, SleepTrace, run_episode, sleep, sleep_until_settled, wake
+from sleepedu.sleep_loop import Session, SleepTrace, run_episode, sleep, sleep_until_settled, wake
 from sleepedu.tasks import CellularAutomaton, Episode, GraphRetrieval, MathReasoning, Task
 from sleepedu.training import TrainConfig, print_progress, train
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import benchmark, checks, distributed, experiments, live, probes, reproduction, storage
-from sleepedu import results as tables
+from sleepedu import checks, distributed, files
 from sleepedu.evaluation import Table, accuracy_by_depth, differing
+from sleepedu.lab import benchmark, experiments, probes, reproduction
+from sleepedu.lab import results as tables
 from sleepedu.model import CARRIES
+from sleepedu.pictures import live_model as live
 from sleepedu.tasks import TASKS
 from sleepedu.training import print_progress
 
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
-        return _fail(storage.first_line(error))
+        return _fail(files.first_line(error))
     except KeyboardInterrupt:
         if distributed.first_to_fail():
             print("\nsleepedu: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

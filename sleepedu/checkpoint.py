@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sleepedu import distributed, storage
+from sleepedu import distributed, files
 
 SAVE_EVERY = 20.0  # seconds of training between two checkpoints
 
@@ -62,7 +62,7 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         self._stack = contextlib.ExitStack()
         if distributed.is_first():
-            self._stack.enter_context(storage.sole_use(self.path.parent))
+            self._stack.enter_context(files.sole_use(self.path.parent))
         if distributed.ranks() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._hold)
@@ -102,7 +102,7 @@ class Checkpoint:
                 **vars(progress),
             }
             try:
-                storage.write(self.path, storage.pack(state))
+                files.write(self.path, files.pack(state))
             except OSError as error:
                 warnings.warn(f"{error}; training goes on and tries again", stacklevel=3)
         self.saved = time.perf_counter()
@@ -140,7 +140,7 @@ class Checkpoint:
             return None
         content = self.path.read_bytes()
         try:
-            state = storage.unpack(content)
+            state = files.unpack(content)
             others = (state["settings"], state.get("task", self.task)) != (self.settings, self.task)
         except Exception as error:  # torch raises whatever the broken bytes lead it to
             raise self._broken(error) from error
@@ -149,6 +149,4 @@ class Checkpoint:
         return state
 
     def _broken(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"{self.path} is not a whole checkpoint ({storage.first_line(error)}): delete it to start anew"
-        )
+        return ValueError(f"{self.path} is not a whole checkpoint ({files.first_line(error)}): delete it to start anew")

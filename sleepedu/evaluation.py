@@ -8,7 +8,7 @@ import torch
 
 from sleepedu import checks
 from sleepedu.model import SleepLM
-from sleepedu.sleep import check_passes, run_episode
+from sleepedu.sleep_loop import check_passes, run_episode
 from sleepedu.tasks.base import Episode, Task
 from sleepedu.training import TESTING, check_task, stream
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sleepedu.kernel import gated_delta_fast
+from sleepedu.fast.cpp import gated_delta_fast
 from sleepedu.operations import convolve, rms_norm, unit_length
 
 

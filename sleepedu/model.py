@@ -1,4 +1,4 @@
-"""The hybrid language model: embed -> blocks -> out. It owns no loop; ``sleepedu.sleep`` does.
+"""The hybrid language model: embed -> blocks -> out. It owns no loop; ``sleepedu.sleep_loop`` does.
 
 Symbols: b batch, l tokens of a window, w width, V vocabulary; h (b, l, w) the hidden states of a window; S the fast
 weights, one (b, heads, d_v, d_k) matrix stack for every fast-weight layer.

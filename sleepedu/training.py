@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sleepedu import checks, distributed, kernel, storage
+from sleepedu import checks, distributed, files
 from sleepedu.checkpoint import Checkpoint, History, Progress
+from sleepedu.fast import cpp as kernel
 from sleepedu.model import SleepLM
-from sleepedu.sleep import check_passes, run_episode
+from sleepedu.sleep_loop import check_passes, run_episode
 from sleepedu.tasks.base import UNSCORED, Episode, Task
 
 TRAINING, TESTING = 0, 1  # the two streams of examples
@@ -316,7 +317,7 @@ def stream(seed: int, purpose: int, number: int) -> torch.Generator:
     if number >= STRIDE or mixed >= 2**32:
         # The generator takes 32 bits of its seed and ignores the rest. Where these do not tell all streams apart, a
         # hash does: two of them are the same as rarely as two random numbers of 32 bits.
-        mixed = int(storage.checksum(f"{seed} {purpose} {number}".encode())[:8], 16)
+        mixed = int(files.checksum(f"{seed} {purpose} {number}".encode())[:8], 16)
     return torch.Generator().manual_seed(mixed)
 
 

@@ -5,7 +5,7 @@ import matplotlib
 import pytest
 import torch
 
-from sleepedu import experiments
+from sleepedu.lab import experiments
 from sleepedu.model import ModelConfig, SleepLM
 
 matplotlib.use("Agg")

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import checkpoint, experiments, storage
+from sleepedu import checkpoint, files
 from sleepedu.__main__ import main
+from sleepedu.lab import experiments
 
 NAME = "graph-smoke-sleep-N2-{steps}steps-seed0"
 COMMAND = ["train", "graph", "--size", "smoke", "--passes", "2", "--examples", "20", "--device", "cpu", "--quiet"]
@@ -72,7 +73,7 @@ def check_files(path: Path) -> None:
     """Assert that whatever stands under its final name is whole."""
     for file in (path / "checkpoint.pt", path / "weights.pt"):
         if file.exists():
-            storage.unpack(file.read_bytes())
+            files.unpack(file.read_bytes())
     if (path / "run.json").exists():
         experiments.load(path)
 

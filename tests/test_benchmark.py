@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from sleepedu import benchmark
 from sleepedu.__main__ import main
+from sleepedu.lab import benchmark
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sleepedu import experiments
 from sleepedu.__main__ import main
+from sleepedu.lab import experiments
 
 SMOKE = ["train", "graph", "--size", "smoke", "--steps", "4", "--quiet"]
 

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleepedu import checkpoint, distributed, experiments, training
+from sleepedu import checkpoint, distributed, training
 from sleepedu.checkpoint import Checkpoint
+from sleepedu.lab import experiments
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.tasks.base import UNSCORED
 from sleepedu.training import TrainConfig, train

@@ -12,12 +12,12 @@ import pytest
 import torch
 from campaigns import COUNTS, size
 
-from sleepedu import experiments, provenance
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, differing
-from sleepedu.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
+from sleepedu.lab import experiments, provenance
+from sleepedu.lab.experiments import RECIPES, SIZES, Experiment, Recipe, find_device, load, stored_runs
 from sleepedu.model import CARRIES, SleepLM
-from sleepedu.sleep import run_episode
+from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import TASKS
 
 

@@ -15,10 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sleepedu import figures
 from sleepedu.evaluation import Accuracy
-from sleepedu.explore import MOST_BYTES, MOST_FRAMES, explore, small_png
-from sleepedu.sleep import SleepTrace, sleep
+from sleepedu.pictures import figures
+from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_png
+from sleepedu.sleep_loop import SleepTrace, sleep
 from sleepedu.training import History
 
 
@@ -138,9 +138,9 @@ def test_pictures_that_are_too_large_are_refused(monkeypatch):
     explorer = explore(gradient, (1,), (1, 2), describe)
     size = sum(len(base64.b64encode(explorer.frame(1, depth))) for depth in (1, 2))
     assert MOST_BYTES == 300_000
-    monkeypatch.setattr("sleepedu.explore.MOST_BYTES", size)
+    monkeypatch.setattr("sleepedu.pictures.explorer.MOST_BYTES", size)
     explorer.page()
-    monkeypatch.setattr("sleepedu.explore.MOST_BYTES", size - 1)
+    monkeypatch.setattr("sleepedu.pictures.explorer.MOST_BYTES", size - 1)
     with pytest.raises(ValueError, match=f"the pictures take {size} bytes, {size - 1} at most"):
         explorer.page()
 

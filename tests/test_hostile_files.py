@@ -9,10 +9,11 @@ import pytest
 import torch
 from campaigns import COUNTS, size
 
-from sleepedu import checkpoint, experiments, storage
+from sleepedu import checkpoint, files
 from sleepedu.__main__ import main
 from sleepedu.checkpoint import Checkpoint
-from sleepedu.experiments import load, seal
+from sleepedu.lab import experiments
+from sleepedu.lab.experiments import load, seal
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.training import TrainConfig, train
 
@@ -197,7 +198,9 @@ def unsealed(folder) -> None:
 
 def test_a_run_from_before_there_were_checksums_can_be_sealed(copy_of_run, tiny_run):
     unsealed(copy_of_run)
-    with pytest.raises(ValueError, match=r"has no checksum, as runs had none once: .* sleepedu.experiments.seal adds"):
+    with pytest.raises(
+        ValueError, match=r"has no checksum, as runs had none once: .* sleepedu.lab.experiments.seal adds"
+    ):
         load(copy_of_run)
     seal(copy_of_run)
     assert read(copy_of_run) == read(tiny_run.path)
@@ -224,7 +227,7 @@ def test_a_run_of_settings_that_this_library_does_not_know_is_refused(copy_of_ru
     del stored["checksum"]
     stored["settings"]["model"]["dreams"] = 3
     stored["fingerprint"] = experiments._fingerprint(stored["settings"])
-    storage.write(copy_of_run / "run.json", experiments._sealed(stored))
+    files.write(copy_of_run / "run.json", experiments._sealed(stored))
     with pytest.raises(ValueError, match=r"run.json is broken \(TypeError: .*dreams"):
         load(copy_of_run)
 
@@ -244,7 +247,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_checkpoint_stays(tmp_path, c
         str(tmp_path),
     ]
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
-    write = storage.write
+    write = files.write
 
     def full(path, content):
         if path.name == "weights.pt":

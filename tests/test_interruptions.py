@@ -12,7 +12,7 @@ import pytest
 import torch
 from campaigns import COUNTS, size
 
-from sleepedu import checkpoint, storage, training
+from sleepedu import checkpoint, files, training
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.training import TrainConfig, train
@@ -105,7 +105,7 @@ def test_who_handles_the_signal_may_go_on(make_model, tmp_path):
 
 def test_the_second_process_in_a_folder_is_refused_and_the_first_goes_on(make_model, tmp_path):
     first = "import sys, pathlib\nfrom sleepedu import storage\n"
-    first += "with storage.sole_use(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()\n"
+    first += "with files.sole_use(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()\n"
     folder = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", first, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -125,12 +125,12 @@ def test_a_folder_is_for_one_thread_and_that_may_ask_twice(tmp_path):
 
     def ask():
         try:
-            with storage.sole_use(tmp_path):
+            with files.sole_use(tmp_path):
                 pass
         except BlockingIOError:
             refused.append(True)
 
-    with storage.sole_use(tmp_path), storage.sole_use(tmp_path / "." / ""):
+    with files.sole_use(tmp_path), files.sole_use(tmp_path / "." / ""):
         other = threading.Thread(target=ask)
         other.start()
         other.join()
@@ -168,9 +168,9 @@ def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monke
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     train(make_model(), TASK, CONFIG, tmp_path)
     file = tmp_path / Checkpoint.FILE
-    state = storage.unpack(file.read_bytes())
+    state = files.unpack(file.read_bytes())
     state["model"]["head.weight"] = state["model"]["head.weight"][:, 1:]
-    storage.write(file, storage.pack(state))
+    files.write(file, files.pack(state))
     with pytest.raises(ValueError, match=f"{file} is not a whole checkpoint .*: delete it to start anew"):
         train(make_model(), TASK, CONFIG, tmp_path)
 
@@ -180,21 +180,21 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(make_model, tmp_path, mon
     whole, model = make_model(), make_model()
     train(whole, TASK, CONFIG, tmp_path)
     file = tmp_path / Checkpoint.FILE
-    state = storage.unpack(file.read_bytes())
+    state = files.unpack(file.read_bytes())
     assert state["step"] == CONFIG.steps - 1
     for name in ("task", "sums", "counted", "seconds"):
         del state[name]
-    storage.write(file, storage.pack(state))
+    files.write(file, files.pack(state))
     train(model, TASK, CONFIG, tmp_path)
     assert_same(model, whole)
 
 
-@pytest.mark.skipif(storage.fcntl is None, reason="there are no such locks here")
+@pytest.mark.skipif(files.fcntl is None, reason="there are no such locks here")
 def test_where_there_are_no_locks_training_goes_on_without(make_model, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(storage.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     assert train(make_model(), TASK, CONFIG, tmp_path).step[-1] == CONFIG.steps
 
 

@@ -9,9 +9,9 @@ import torch
 from test_fast_weights import NAMES, assert_same, make_inputs, outputs_and_gradients
 from torch import library
 
-from sleepedu import kernel
+from sleepedu.fast import cpp as kernel
+from sleepedu.fast.cpp import MULTIPLES, gated_delta_fast
 from sleepedu.fast_weights import gated_delta, gated_delta_chunked
-from sleepedu.kernel import MULTIPLES, gated_delta_fast
 
 compiled = pytest.mark.usefixtures("compiler")
 

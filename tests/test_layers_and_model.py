@@ -10,7 +10,7 @@ from sleepedu import layers
 from sleepedu.fast_weights import gated_delta
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep import run_episode
+from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.training import score
 

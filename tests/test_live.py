@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleepedu import experiments, live
 from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.lab import experiments
+from sleepedu.pictures import live_model as live
 
 FOLDER = Path(__file__).resolve().parent.parent / "book" / "_extra" / "live"
 

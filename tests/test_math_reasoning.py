@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from sleepedu import figures
+from sleepedu.pictures import figures
 from sleepedu.tasks import TASKS, UNSCORED, Episode, MathReasoning
 from sleepedu.tasks.math_reasoning import COLOURS, GUESSERS, PLACES, RULE
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleepedu import live
+from sleepedu.pictures import live_model as live
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "_build" / "html" / "book"

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from sleepedu import experiments
 from sleepedu.__main__ import main
+from sleepedu.lab import experiments
 
 TRAIN = ["train", "graph", "--size", "smoke", "--steps", "4", "--examples", "20", "--quiet"]
 

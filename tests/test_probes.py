@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sleepedu import probes, storage
+from sleepedu import files
 from sleepedu.__main__ import main
-from sleepedu.experiments import COMMITTED
 from sleepedu.fast_weights import gated_delta
-from sleepedu.probes import Settings
-from sleepedu.sleep import SleepTrace, sleep, wake
+from sleepedu.lab import probes
+from sleepedu.lab.experiments import COMMITTED
+from sleepedu.lab.probes import Settings
+from sleepedu.sleep_loop import SleepTrace, sleep, wake
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, MathReasoning
 
 GRAPH = GraphRetrieval(nodes=5, hops=3, queries=5)
@@ -130,9 +131,9 @@ def test_probes_of_a_run_are_stored_found_and_loaded(tiny_run, tmp_path, monkeyp
         assert probes.of(tiny_run, SMALL, tmp_path) == made, "it was made again"
     assert probes.of(tiny_run, replace(SMALL, passes=1), tmp_path).settings.passes == 1, "settings must count"
     copy = shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
-    other = storage.pack({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()})
+    other = files.pack({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()})
     (copy / "weights.pt").write_bytes(other)
-    retrained = replace(tiny_run, path=copy, weights=storage.checksum(other))
+    retrained = replace(tiny_run, path=copy, weights=files.checksum(other))
     assert probes.of(retrained, SMALL, tmp_path) != made, "weights must count"
 
 
@@ -141,7 +142,7 @@ def test_an_unasked_step_survives_the_store_and_is_not_in_a_table(tiny_run, tmp_
     unknown = replace(made, each={**made.each, "awake": [[math.nan, 0.5, 1.0]]})
     assert list(unknown.table("awake")) == [2, 3]
     assert json.loads(unknown.json())["each"]["awake"] == [[None, 0.5, 1.0]]
-    storage.write(tmp_path / "unknown.json", unknown.json().encode())
+    files.write(tmp_path / "unknown.json", unknown.json().encode())
     assert str(probes.load(tmp_path / "unknown.json")) == str(unknown)  # nan is not equal to nan
 
 

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from sleepedu import experiments
 from sleepedu.__main__ import main
 from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, wilson_interval
-from sleepedu.experiments import Experiment
-from sleepedu.explore import explore
 from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked, hebbian
+from sleepedu.lab import experiments
+from sleepedu.lab.experiments import Experiment
 from sleepedu.model import CARRIES, ModelConfig, SleepLM
-from sleepedu.sleep import Session, run_episode, sleep, wake
+from sleepedu.pictures.explorer import explore
+from sleepedu.sleep_loop import Session, run_episode, sleep, wake
 from sleepedu.tasks import TASKS, CellularAutomaton, GraphRetrieval
 from sleepedu.tasks.math_reasoning import MathReasoning
 from sleepedu.training import TrainConfig, stream
@@ -391,7 +391,7 @@ def test_the_command_line_ends_with_a_code_and_at_most_one_line_of_complaint(wor
         raise ValueError("this would train")
 
     monkeypatch.setattr(experiments, "train_and_store", no_training)
-    monkeypatch.setattr("sleepedu.reproduction.train_and_store", no_training)
+    monkeypatch.setattr("sleepedu.lab.reproduction.train_and_store", no_training)
     monkeypatch.setattr(experiments, "COMMITTED", tmp_path)  # to measure all the stored runs would take minutes
     monkeypatch.chdir(tmp_path)
     try:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from sleepedu import experiments, reproduction
 from sleepedu.__main__ import main
+from sleepedu.lab import experiments, reproduction
 
 
 def test_a_run_gives_itself(tiny_run, capsys, tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sleepedu import experiments, results
+from sleepedu.lab import experiments, results
 
 STORED = experiments.stored_runs()
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sleepedu.model import CARRIES
-from sleepedu.sleep import (
+from sleepedu.sleep_loop import (
     Reading,
     Session,
     SleepTrace,
@@ -364,7 +364,7 @@ def test_a_long_stream_leaves_no_more_behind_than_a_short_one(N, make_model):
 
 def test_reports_come_about_once_a_second_and_at_the_end(make_model, monkeypatch):
     session, reports, now = Session(make_model("ag"), window=4, passes=2), [], [0.0]
-    monkeypatch.setattr(sys.modules["sleepedu.sleep"].time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys.modules["sleepedu.sleep_loop"].time, "perf_counter", lambda: now[0])
 
     def pieces():
         for piece in stream_of(1, *[4] * 10):

@@ -5,7 +5,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from sleepedu import experiments
+from sleepedu.lab import experiments
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 PAGE = (BOOK / "sources.md").read_text()

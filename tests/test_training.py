@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleepedu import checkpoint, experiments, training
+from sleepedu import checkpoint, training
 from sleepedu.checkpoint import Checkpoint
+from sleepedu.lab import experiments
 from sleepedu.model import SleepLM
-from sleepedu.sleep import run_episode
+from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 from sleepedu.training import (
     TESTING,

@@ -87,7 +87,7 @@ class CellularAutomaton(Task):
 
     def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None):
         """Draw the space-time diagram of the first row, the bits that are asked for marked, and the answers beneath."""
-        from sleepedu import figures
+        from sleepedu.pictures import figures
 
         self.check(episode)
         diagram = space_time(episode.windows[index, 0], self.rule, int(episode.depth[index, 0]))

@@ -191,7 +191,7 @@ class GraphRetrieval(Task):
 
     def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None, query: int = 0):
         """Draw the ring of example ``index`` with the walk of one query, and the answer given where there is one."""
-        from sleepedu import figures
+        from sleepedu.pictures import figures
 
         self.check(episode)
         following, names = self.successors(episode)[index].tolist(), list(self.names)

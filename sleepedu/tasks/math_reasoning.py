@@ -196,7 +196,7 @@ class MathReasoning(Task):
 
         When one dial is asked, only what its answer takes is drawn.
         """
-        from sleepedu import figures
+        from sleepedu.pictures import figures
 
         self.check(episode)
         facts, asked = self._facts(episode, index), self._asked(episode, index)

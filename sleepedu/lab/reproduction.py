@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import kernel
 from sleepedu.checkpoint import History
 from sleepedu.evaluation import differing
-from sleepedu.experiments import Run, find_device, load, train_and_store
+from sleepedu.fast import cpp as kernel
+from sleepedu.lab.experiments import Run, find_device, load, train_and_store
 from sleepedu.training import TrainConfig
 
 ALIKE = (

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleepedu import checks, storage
+from sleepedu import checks, files
 from sleepedu.evaluation import Accuracy, Table, wilson_interval
-from sleepedu.experiments import COMMITTED, OWN, Run
+from sleepedu.lab.experiments import COMMITTED, OWN, Run
+from sleepedu.lab.provenance import machine
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
-from sleepedu.provenance import machine
-from sleepedu.sleep import SleepTrace, check_passes, sleep
+from sleepedu.sleep_loop import SleepTrace, check_passes, sleep
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
 from sleepedu.tasks.cellular_automaton import space_time
@@ -148,7 +148,7 @@ def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) 
     provenance = {**machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
     found = Probes(run.name, weights, settings, **made, provenance=provenance)
     path = Path(directory) / "probes" / f"{run.name}.json"
-    storage.write(path, found.json().encode())
+    files.write(path, found.json().encode())
     return load(path)
 
 
@@ -166,7 +166,7 @@ def load(path: Path | str) -> Probes:
         return Probes(**stored)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is broken ({type(error).__name__}: {storage.first_line(error)}): delete it and make it again"
+            f"{path} is broken ({type(error).__name__}: {files.first_line(error)}): delete it and make it again"
         ) from error
 
 

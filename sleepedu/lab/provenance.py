@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 
-from sleepedu import kernel
+from sleepedu.fast import cpp as kernel
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _processor(device: torch.device) -> str:
 def _commit() -> str:
     """Return the commit the library stands at, "" outside a checkout of its own."""
     command = ["git", "rev-parse", "HEAD", "--show-cdup"]
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):  # no git, no checkout, or no answer in time

@@ -21,11 +21,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sleepedu import figures, storage
-from sleepedu.experiments import COMMITTED, Run, load
-from sleepedu.explore import small_png
+from sleepedu.lab.experiments import COMMITTED, Run, load
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep import SleepTrace, sleep, wake
+from sleepedu.pictures import figures
+from sleepedu.pictures.explorer import small_png
+from sleepedu.sleep_loop import SleepTrace, sleep, wake
 from sleepedu.tasks.graph_retrieval import LETTERS
 
 PASSES = (1, 2, 3, 4)
@@ -56,7 +56,7 @@ def export(directory: Path | str = FOLDER, runs: Path | str = COMMITTED) -> list
     files = {"weights.js": text.encode(), "still.png": picture}
     paths = [Path(directory) / name for name in files]
     for path, content in zip(paths, files.values(), strict=True):
-        storage.write(path, content)
+        files.write(path, content)
     return paths
 
 

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from sleepedu import kernel
-from sleepedu.experiments import Experiment
+from sleepedu.fast import cpp as kernel
+from sleepedu.fast.cpp import gated_delta_fast
 from sleepedu.fast_weights import gated_delta_chunked
-from sleepedu.kernel import gated_delta_fast
+from sleepedu.lab.experiments import Experiment
+from sleepedu.lab.provenance import machine
+from sleepedu.lab.recipes import RECIPES
 from sleepedu.layers import WindowCache
 from sleepedu.model import FastWeights, ModelConfig, SleepLM
-from sleepedu.provenance import machine
-from sleepedu.recipes import RECIPES
-from sleepedu.sleep import Session, sleep
+from sleepedu.sleep_loop import Session, sleep
 from sleepedu.training import (
     COMPILED,
     TRAINING,

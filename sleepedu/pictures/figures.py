@@ -20,7 +20,7 @@ from sleepedu.evaluation import Table, across_seeds
 
 if TYPE_CHECKING:
     from sleepedu.checkpoint import History
-    from sleepedu.sleep import SleepTrace
+    from sleepedu.sleep_loop import SleepTrace
 
 INK, FAINT, RIGHT, WRONG = "#222831", "#B8BEC6", "#0B7A53", "#C2410C"
 PASS_COLOURS = {1: "#D98200", 2: "#2E9BD6", 3: "#0B8F6A", 4: "#1F4E9E", 8: "#6B3FA0"}

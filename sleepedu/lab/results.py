@@ -3,8 +3,8 @@
 from collections import defaultdict
 
 from sleepedu.evaluation import Table, across_seeds
-from sleepedu.experiments import Run
-from sleepedu.recipes import MODELS
+from sleepedu.lab.experiments import Run
+from sleepedu.lab.recipes import MODELS
 from sleepedu.tasks import Task
 
 LABELS = {

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from sleepedu import checks, distributed, storage
+from sleepedu import checks, distributed, files
 from sleepedu.checkpoint import Checkpoint, History
 from sleepedu.evaluation import Accuracy, Table, accuracy_by_depth, check_examples
+from sleepedu.lab.provenance import machine
+from sleepedu.lab.recipes import MODELS, RECIPES, SIZES, Recipe
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.provenance import machine
-from sleepedu.recipes import MODELS, RECIPES, SIZES, Recipe
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig, can_compile, parameter_count, train
 
 VERSION = 1  # of the run format; a run of another version is refused
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 # An installed package brings the runs along; in a checkout they lie with the book.
 COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
 OWN = Path("own_runs")
@@ -132,7 +132,7 @@ def _fingerprint(settings: dict[str, Any]) -> str:
 
 
 def _json_checksum(value: Any) -> str:
-    return storage.checksum(json.dumps(value, sort_keys=True).encode())
+    return files.checksum(json.dumps(value, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ class Run:
         content = path.read_bytes()
         model = SleepLM(ModelConfig(**self.settings["model"]))
         try:
-            if storage.checksum(content) != self.weights:
+            if files.checksum(content) != self.weights:
                 raise ValueError("they do not have the checksum in run.json")
-            model.load_state_dict(storage.unpack(content))
+            model.load_state_dict(files.unpack(content))
         except Exception as error:  # torch raises whatever the broken bytes lead it to
             raise ValueError(
-                f"{path} does not hold this run's weights ({storage.first_line(error)}): "
+                f"{path} does not hold this run's weights ({files.first_line(error)}): "
                 f"delete {path.parent} and train it again"
             ) from error
         return model.to(find_device(device)).eval()
@@ -251,20 +251,20 @@ def train_and_store(
         with distributed.process_group(device):
             distributed.check_batch(experiment.train_config.batch)
             if distributed.is_first():
-                stack.enter_context(storage.sole_use(path))
+                stack.enter_context(files.sole_use(path))
             torch.manual_seed(experiment.seed)
             model = SleepLM(experiment.model_config).to(device)
             history = train(model, task, experiment.train_config, path, watch, compile=compile, recompute=recompute)
             ranks = distributed.ranks()
         if not distributed.is_first():
             return None
-        weights = storage.pack(model.state_dict())
-        storage.write(path / "weights.pt", weights)
+        weights = files.pack(model.state_dict())
+        files.write(path / "weights.pt", weights)
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
         stored = {
             "version": VERSION,
             "fingerprint": experiment.fingerprint,
-            "weights": storage.checksum(weights),
+            "weights": files.checksum(weights),
             "experiment": asdict(experiment),
             "settings": experiment.settings,
             "table": {str(depth): asdict(accuracy) for depth, accuracy in table.items()},
@@ -272,7 +272,7 @@ def train_and_store(
             | {"compiled": compile and can_compile(device), "recomputed": recompute, "ranks": ranks},
             "history": asdict(history),
         }
-        storage.write(path / "run.json", _sealed(stored))
+        files.write(path / "run.json", _sealed(stored))
         Checkpoint.remove(path)
     return load(path)
 
@@ -313,7 +313,7 @@ def load(run: Path | str) -> Run:
             return found
     except Exception as error:  # broken bytes lead anywhere
         raise ValueError(
-            f"{file} is broken ({type(error).__name__}: {storage.first_line(error)}): delete {path} and train it again"
+            f"{file} is broken ({type(error).__name__}: {files.first_line(error)}): delete {path} and train it again"
         ) from error
     raise ValueError(f"{file} {refusal}")
 
@@ -328,7 +328,7 @@ def _refusal(stored: dict[str, Any]) -> str:
     if parts:
         raise KeyError(*parts)
     if "checksum" not in stored:
-        return "has no checksum, as runs had none once: if you know that it is right, sleepedu.experiments.seal adds it"
+        return "has no checksum, as runs had none once: if you know that it is right, sleepedu.lab.experiments.seal adds it"
     if stored["checksum"] != _json_checksum({name: v for name, v in stored.items() if name != "checksum"}):
         return "was changed: it does not have the checksum it states"
     return ""
@@ -344,9 +344,9 @@ def seal(run: Path | str) -> None:
     if "checksum" not in stored:
         if weights.exists():
             content = weights.read_bytes()
-            storage.unpack(content)
-            stored["weights"] = storage.checksum(content)
-        storage.write(file, _sealed(stored))
+            files.unpack(content)
+            stored["weights"] = files.checksum(content)
+        files.write(file, _sealed(stored))
     load(run)
 
 

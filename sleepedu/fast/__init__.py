@@ -1,0 +1,1 @@
+"""What is only fast, behind one door: the rule as C++ on a CPU."""
