@@ -1,28 +1,36 @@
 """sleepedu: language models that sleep.
 
-The names most uses need; everything else is in the modules, from the ground up: fast_weights, tasks, layers, model,
-sleep, training, evaluation, experiments, figures, explore.
+The names most uses need. The method is in fast_weights, layers, model, sleep_loop and training; beside it stand session,
+trace and evaluation, and the tasks; ``fast`` is what is only fast, ``lab`` has the experiments and the store of their
+runs, ``pictures`` the figures and sliders.
 """
 
+from sleepedu._version import __version__
+from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep_loop import Session, SleepTrace, run_episode, sleep, sleep_until_settled, wake
+from sleepedu.progress import ProgressBar
+from sleepedu.session import Session
+from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled, wake
 from sleepedu.tasks import CellularAutomaton, Episode, GraphRetrieval, MathReasoning, Task
-from sleepedu.training import TrainConfig, print_progress, train
+from sleepedu.trace import SleepTrace
+from sleepedu.training import TrainConfig, train
 
 __all__ = [
     "CellularAutomaton",
+    "Checkpoint",
     "Episode",
     "GraphRetrieval",
     "MathReasoning",
     "ModelConfig",
+    "ProgressBar",
     "Session",
     "SleepLM",
     "SleepTrace",
     "Task",
     "TrainConfig",
+    "__version__",
     "accuracy_by_depth",
-    "print_progress",
     "run_episode",
     "sleep",
     "sleep_until_settled",

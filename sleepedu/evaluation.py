@@ -1,39 +1,15 @@
 """Accuracy by depth, with the interval it is known to and the baseline it has to beat."""
 
-import math
-from dataclasses import dataclass
-from statistics import NormalDist
-
 import torch
 
 from sleepedu import checks
+from sleepedu.intervals import Accuracy, Table, wilson_interval
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
-from sleepedu.tasks.base import Episode, Task
-from sleepedu.training import TESTING, check_task, stream
+from sleepedu.tasks.base import Episode, Task, check_task
+from sleepedu.tasks.random_streams import TESTING, stream
 
-Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 BATCH = 500  # examples that are read at once
-T95 = (math.nan, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of right answers with its 95% interval: n examples, and what the best constant answer scores there."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
-    majority: float = math.nan
-
-    @property
-    def percent(self) -> str:
-        """Percent right and its interval, as "29 (17-42)"."""
-        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
-
-
-Table = dict[int, Accuracy]  # depth -> accuracy
 
 
 @torch.no_grad()
@@ -52,7 +28,7 @@ def accuracy_by_depth(
     check_passes(passes)
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
-    check_task(model, task)
+    check_task(task, model.config.vocabulary)
     device = model.head.weight.device
     table = {}
     for depth in task.depths:
@@ -97,49 +73,3 @@ def _is_answer(episode: Episode, answer: torch.Tensor) -> torch.Tensor:
     """Return where (b, p) the target is what this answer, given to every question, has there."""
     answers = answer.repeat(int(episode.asked.sum()) // len(answer))
     return torch.zeros_like(episode.asked).masked_scatter(episode.asked, episode.targets[episode.asked] == answers)
-
-
-def wilson_interval(share: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Return Wilson's interval for a share observed on n independent examples: of 95%, or of z standard deviations."""
-    centre = share + z**2 / (2 * n)
-    reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
-    scale = 1 + z**2 / n
-    # At the ends the two terms cancel, but for rounding, which must not leave the share itself outside.
-    return min(share, max(0.0, (centre - reach) / scale)), max(share, min(1.0, (centre + reach) / scale))
-
-
-def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
-    """Return whether two accuracies, measured on independent examples, are further apart than chance explains.
-
-    That is, whether Newcombe's interval for their difference leaves out 0. comparisons: how many pairs are looked at;
-    with probability 95% none of so many pairs of equal models differs (Bonferroni).
-    """
-    z = NormalDist().inv_cdf(1 - 0.05 / (2 * comparisons))
-    more, less = (one, other) if one.accuracy >= other.accuracy else (other, one)
-    low, _ = wilson_interval(more.accuracy, more.n, z)
-    _, high = wilson_interval(less.accuracy, less.n, z)
-    return more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy)
-
-
-def differing(one: Table, other: Table, comparisons: int) -> list[int]:
-    """Return the depths at which two tables of the same depths ``differ``, for as many comparisons."""
-    return [depth for depth, accuracy in one.items() if differ(accuracy, other[depth], comparisons)]
-
-
-def across_seeds(tables: list[Table]) -> Table:
-    """Return the mean over runs that differ in their seed, with Student's 95% interval for that mean (clipped to 0..1).
-
-    n is the number of runs; with a single run the interval is that run's own. Raises ValueError without any run.
-    """
-    if not tables:
-        raise ValueError("there is no run to average")
-    if len(tables) == 1:
-        return tables[0]
-    together = {}
-    for depth in tables[0]:
-        shares = torch.tensor([table[depth].accuracy for table in tables], dtype=torch.float64)
-        reach = T95[min(len(tables), len(T95)) - 1] * shares.std().item() / math.sqrt(len(tables))
-        mean = shares.mean().item()
-        majority = sum(table[depth].majority for table in tables) / len(tables)
-        together[depth] = Accuracy(mean, max(0.0, mean - reach), min(1.0, mean + reach), len(tables), majority)
-    return together

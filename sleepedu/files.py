@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks; nothing keeps two processes apart there
-    fcntl = None  # type: ignore[assignment]
-
-_mine = threading.local()  # the folders that this thread has to itself
+from filelock import FileLock, Timeout
 
 
 def write(path: Path, content: bytes) -> None:
@@ -78,27 +71,23 @@ def checksum(content: bytes) -> str:
 def sole_use(folder: Path) -> Iterator[None]:
     """Have a folder to oneself meanwhile; it is made where it is missing.
 
-    The lock is the operating system's and on the folder itself, so it leaves no file behind and ends with the process,
-    however that ends. A thread that has the folder may ask again. Raises BlockingIOError when it is another's.
+    The lock ends with the process, however that ends; a thread that has the folder may ask again. Where the file system
+    has no locks, nothing keeps two processes apart. Raises BlockingIOError when the folder is another's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder.resolve()
-    mine = vars(_mine).setdefault("folders", set())
-    if fcntl is None or place in mine:
+    lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder} is in use: another process is training there; wait for it or use another folder"
+        ) from None
+    except (OSError, NotImplementedError):  # some network drives have no locks
         yield
         return
-    descriptor = os.open(place, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"{folder} is in use: another process is training there; wait for it or use another folder"
-            ) from None
-        except OSError:
-            pass  # some network drives have no locks
-        mine.add(place)
         yield
     finally:
-        mine.discard(place)
-        os.close(descriptor)
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

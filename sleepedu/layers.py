@@ -6,14 +6,16 @@ pieces; it is thrown away with the window, and so is the short convolution's tai
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sleepedu.fast.cpp import gated_delta_fast
-from sleepedu.operations import convolve, rms_norm, unit_length
+from sleepedu.fast import gated_delta_fast
+
+EPSILON = 1e-6  # keeps a vector of zeros from being divided by its length, 0
 
 
 @dataclass
@@ -45,17 +47,32 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
         seen = 0 if cache is None or cache.keys is None else cache.keys.shape[2]
         qkv = rearrange(self.project(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        q, k = rotate(qkv[:2], start=seen)
-        v = qkv[2]
+        q, k = rotate(qkv[:2], start=seen)  # (b, h, l, d) each
+        v = qkv[2]  # (b, h, l, d)
         mask = None
         if cache is not None:
             if cache.keys is not None and cache.values is not None:
-                k, v = torch.cat((cache.keys, k), dim=2), torch.cat((cache.values, v), dim=2)
+                k = torch.cat((cache.keys, k), dim=2)  # (b, h, seen + l, d)
+                v = torch.cat((cache.values, v), dim=2)  # (b, h, seen + l, d)
                 if x.shape[1] > 1:  # a single token may see all that there is
                     mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
             cache.keys, cache.values = k, v
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)
-        return self.out(rearrange(o, "b h l d -> b l (h d)"))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)  # (b, h, l, d)
+        return self.out(rearrange(o, "b h l d -> b l (h d)"))  # (b, l, w)
+
+
+class RuleInputs(NamedTuple):
+    """What the rule gets of every token, and the gate that its output passes.
+
+    q, k: (b, h, l, key_size) of unit length. v: (b, h, l, value_size). log_a, b: (b, h, l). gate: (b, l, h value_size).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_a: Tensor
+    b: Tensor
+    gate: Tensor
 
 
 class FastWeightMixer(nn.Module):
@@ -68,16 +85,15 @@ class FastWeightMixer(nn.Module):
 
     def __init__(self, width: int, heads: int, key_size: int, value_size: int, convolution: int, write_range: float):
         super().__init__()
-        self.heads, self.key_size, self.value_size = heads, key_size, value_size
-        self.write_range = write_range
-        mixed = heads * (2 * key_size + value_size)  # channels of q, k and v together
-        self.mixed = mixed
-        self.project = nn.Linear(width, mixed + heads * value_size, bias=False)  # ..., and of the output gate
+        self.heads, self.write_range = heads, write_range
+        self.keys, self.values = heads * key_size, heads * value_size  # channels of all heads together
+        mixed = 2 * self.keys + self.values  # channels of q, k and v
+        self.project = nn.Linear(width, mixed + self.values, bias=False)  # ..., and of the output gate
         self.taps = nn.Parameter(torch.zeros(convolution, mixed))
         self.gates = nn.Linear(width, 2 * heads)
         self.decay_rate = nn.Parameter(torch.zeros(heads))  # A
         self.norm = nn.Parameter(torch.ones(value_size))
-        self.out = nn.Linear(heads * value_size, width, bias=False)
+        self.out = nn.Linear(self.values, width, bias=False)
         with torch.no_grad():
             self.taps[-1] = 1.0  # at first a token sees itself alone
             self.gates.weight.mul_(0.1)
@@ -85,51 +101,43 @@ class FastWeightMixer(nn.Module):
             self.gates.bias[heads:] = 0.0
 
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
-        q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
+        *inputs, gate = self.rule_inputs(x, S.dtype, cache)
         with torch.autocast(x.device.type, enabled=False):
-            o, S = gated_delta_fast(q, k, v, log_a, b, S)
-            o = rms_norm(o, self.norm)
+            o, S = gated_delta_fast(*inputs, S)  # (b, h, l, d)
+            o = F.rms_norm(o, self.norm.shape, self.norm, EPSILON)
         o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
-        return self.out(o.to(gate.dtype)), S
+        return self.out(o.to(gate.dtype)), S  # (b, l, w)
 
-    def write(self, x: Tensor, S: Tensor) -> Tensor:
-        """Return the S after the last token of a whole window x; what they read is neither scaled nor projected."""
-        q, k, v, log_a, b, _ = self.rule_inputs(x, S.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return gated_delta_fast(q, k, v, log_a, b, S)[1]
-
-    def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> tuple[Tensor, ...]:
-        """Return what the rule gets of every token of x: q, k, v (b, h, l, size), log a, b (b, h, l); and the gate."""
-        mixed, gate = self.project(x).split((self.mixed, self.heads * self.value_size), dim=-1)
-        mixed = self.convolve(mixed, cache)
-        sizes = (self.heads * self.key_size,) * 2 + (self.heads * self.value_size,)
-        q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=self.heads) for part in mixed.split(sizes, dim=-1))
+    def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> RuleInputs:
+        """Return what the rule gets of every token of x (b, l, w), in the dtype of S; and the gate."""
+        h = self.heads
+        mixed, gate = self.project(x).split((2 * self.keys + self.values, self.values), dim=-1)
+        qk, v = self.convolve(mixed, cache).split((2 * self.keys, self.values), dim=-1)
+        qk = rearrange(qk, "b l (two h d) -> two b h l d", two=2, h=h).to(dtype)
+        v = rearrange(v, "b l (h d) -> b h l d", h=h).to(dtype)
         forget, write = rearrange(self.gates(x).to(dtype), "b l (two h) -> two b h l", two=2)
-        log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)
-        b = self.write_range * write.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
-            return unit_length(q.to(dtype)), unit_length(k.to(dtype)), v.to(dtype), log_a, b, gate
+            q, k = F.normalize(qk, dim=-1, eps=EPSILON)
+            log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)  # (b, h, l)
+            b = self.write_range * write.sigmoid()
+        return RuleInputs(q, k, v, log_a, b, gate)
 
-    def convolve(self, x: Tensor, cache: WindowCache | None) -> Tensor:
-        """Mix every channel with its last few tokens, then SiLU; a window starts with nothing before it."""
-        if cache is None:
-            return convolve(x, self.taps)
-        reach = len(self.taps) - 1
-        seen = 0 if cache.tail is None else cache.tail.shape[1]
-        x = x if cache.tail is None else torch.cat((cache.tail, x), dim=1)
-        cache.tail = x[:, max(0, x.shape[1] - reach) :]
-        return convolve(x, self.taps)[:, seen:]
+    def convolve(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
+        """Mix every channel of x (b, l, c) with its last few tokens, then SiLU; a window starts with nothing before it.
 
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square, then scale every component: (batch, length, width) -> the same."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
+        y_t = SiLU(sum_j taps[-1 - j] x_(t-j)), where x is zero before the first token.
+        """
+        length, reach = x.shape[1], len(self.taps) - 1
+        if cache is None or cache.tail is None:
+            x = F.pad(x, (0, 0, reach, 0))  # (b, reach + l, c)
+        else:
+            x = torch.cat((cache.tail, x), dim=1)
+        if cache is not None:
+            cache.tail = x[:, length:]  # (b, reach, c)
+        y = x[:, :length] * self.taps[0]
+        for j in range(1, reach + 1):
+            y = torch.addcmul(y, x[:, j : j + length], self.taps[j])
+        return F.silu(y)
 
 
 class SwiGLU(nn.Module):
@@ -142,8 +150,8 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.project(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
+        gate, up = self.project(x).chunk(2, dim=-1)  # (b, l, inner) each
+        return self.out(F.silu(gate) * up)  # (b, l, w)
 
 
 class Block(nn.Module):
@@ -153,25 +161,21 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = mixer
         self.mlp = SwiGLU(width, mlp_ratio)
-        self.mixer_norm = RMSNorm(width)
-        self.mlp_norm = RMSNorm(width)
+        self.mixer_norm = nn.RMSNorm(width, EPSILON)
+        self.mlp_norm = nn.RMSNorm(width, EPSILON)
 
     @property
     def has_fast_weights(self) -> bool:
         return isinstance(self.mixer, FastWeightMixer)
 
     def forward(self, h: Tensor, S: Tensor | None, cache: WindowCache | None = None) -> tuple[Tensor, Tensor | None]:
-        x = self.mixer_norm(h)
+        x = self.mixer_norm(h)  # (b, l, w)
         if self.has_fast_weights:
-            mixed, S = self.mixer(x, S, cache)
+            mixed, S = self.mixer(x, S, cache)  # (b, l, w), (b, heads, d_v, d_k)
         else:
-            mixed = self.mixer(x, cache)
+            mixed = self.mixer(x, cache)  # (b, l, w)
         h = h + mixed
         return h + self.mlp(self.mlp_norm(h)), S
-
-    def write(self, h: Tensor, S: Tensor) -> Tensor:
-        """Return what a block of fast weights remembers after the whole window h, without its hidden states."""
-        return self.mixer.write(self.mixer_norm(h), S)
 
 
 def rotate(x: Tensor, start: int) -> Tensor:
@@ -179,6 +183,6 @@ def rotate(x: Tensor, start: int) -> Tensor:
     length, half = x.shape[-2], x.shape[-1] // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (l, half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (l, half)
+    x1, x2 = x.chunk(2, dim=-1)  # (..., l, half) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -4,6 +4,7 @@ Symbols: b batch, l tokens of a window, w width, V vocabulary; h (b, l, w) the h
 weights, one (b, heads, d_v, d_k) matrix stack for every fast-weight layer.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleepedu import checks
-from sleepedu.layers import Block, CausalAttention, FastWeightMixer, RMSNorm, WindowCache
+from sleepedu.layers import EPSILON, Block, CausalAttention, FastWeightMixer, WindowCache
 
 MIXERS = {
     "a": "attention to the window",
@@ -25,19 +26,15 @@ FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the f
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes a ``SleepLM``.
+    """Everything that shapes a ``SleepLM``; raises ValueError for a value that makes no model.
 
-    vocabulary: number of token ids. layout: one letter a block, "a" attention or "g" fast weights, so "agag" is the
-    paper's hybrid and "aaaa" a plain transformer; "AAAA" is one that evicts nothing and never sleeps, the bound of
-    what can be known when answering. heads x key_size and heads x value_size are the sizes of S
-    (0 means width / heads). carry: what one sleep pass hands the next, "hidden" (the paper: h itself), "inject"
-    (h normalised and mixed with the embedding again) or "embed" (nothing but S). positions: how many places of the
-    window have a learned embedding, added to the token's; 0 leaves positions to attention's rotary encoding, which
-    cannot tell apart two questions that use the same token.
-
-    The paper leaves these open; we chose: pre-norm RMSNorm; positions that count from 0 in every window; an empty
+    layout: one letter a block, as in ``MIXERS``: "agag" is the paper's hybrid, "aaaa" a plain transformer. heads x
+    key_size and heads x value_size are the sizes of S (0 means width / heads). carry: what one sleep pass hands the
+    next, "hidden" (the paper: h itself), "inject" (h normalised and mixed with the embedding again) or "embed" (nothing
+    but S). positions: how many places of the window have a learned embedding, added to the token's; 0 leaves positions
+    to attention's rotary encoding, which cannot tell apart two questions that use the same token.
+    The paper leaves open what we chose: pre-norm RMSNorm; positions that count from 0 in every window; an empty
     convolution tail at every window; h carried as it is, without normalisation; float32.
-    Raises ValueError for a value that makes no model.
     """
 
     vocabulary: int
@@ -114,7 +111,7 @@ class SleepLM(nn.Module):
                     config.width, heads, key_size, value_size, config.convolution, config.write_range
                 )
             self.layers.append(Block(mixer, config.width, config.mlp_ratio))
-        self.norm = RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, EPSILON)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.carry == "inject":
             self.inject = nn.Linear(2 * config.width, config.width, bias=False)
@@ -174,28 +171,10 @@ class SleepLM(nn.Module):
         h: (b, l, w); S as from ``empty_fast_weights``. With a cache, h continues the window that is in it.
         """
         self.check_fast_weights(S, h)
-        return self._run(len(self.layers), h, S, cache)
-
-    def write(self, h: Tensor, S: FastWeights) -> FastWeights:
-        """Run one pass for its S alone, as in the last pass of a sleep, and leave out what follows its last write.
-
-        h: (b, l, w) of a whole window; S as from ``empty_fast_weights``.
-        """
-        self.check_fast_weights(S, h)
-        if not S:
-            return S
-        last = self.fast_layers[-1]
-        h, written = self._run(last, h, S[:-1], None)
-        return (*written, self.layers[last].write(h, S[-1]))
-
-    def _run(
-        self, layers: int, h: Tensor, S: FastWeights, cache: list[WindowCache] | None
-    ) -> tuple[Tensor, FastWeights]:
-        """Run the first ``layers`` blocks, which have these S."""
-        left, written = list(S), []
-        for index, block in enumerate(self.layers[:layers]):
-            before = left.pop(0) if block.has_fast_weights else None
-            h, after = block(h, before, None if cache is None else cache[index])
+        left, written = iter(S), []
+        for index, block in enumerate(self.layers):
+            before = next(left) if block.has_fast_weights else None
+            h, after = block(h, before, None if cache is None else cache[index])  # (b, l, w), (b, heads, d_v, d_k)
             if block.has_fast_weights:
                 written.append(after)
         return h, tuple(written)
@@ -206,7 +185,7 @@ class SleepLM(nn.Module):
             return h
         if self.config.carry == "embed":
             return embedding
-        return self.inject(torch.cat((embedding, F.rms_norm(h, (h.shape[-1],), eps=1e-6)), dim=-1))
+        return self.inject(torch.cat((embedding, F.rms_norm(h, h.shape[-1:], eps=EPSILON)), dim=-1))
 
     def out(self, h: Tensor) -> Tensor:
         """Return the logits (b, l, V) of hidden states h (b, l, w)."""
@@ -224,11 +203,12 @@ class SleepLM(nn.Module):
             raise ValueError(
                 f"layout {self.config.layout!r} has {len(self.fast_layers)} fast-weight layers, S {len(S)}"
             )
-        shape = (len(h), *self.config.state_shape)
+        wanted = ((len(h), *self.config.state_shape), self.state_dtype, h.device)
         for matrix in S:
-            if tuple(matrix.shape) != shape:
-                raise ValueError(f"S must have shape {shape}, got {tuple(matrix.shape)}")
-            if matrix.device != h.device:
-                raise ValueError(f"S is on {matrix.device}, the model on {h.device}: move them to one device")
-            if matrix.dtype != self.state_dtype:
-                raise ValueError(f"S must be {self.state_dtype} for this model, got {matrix.dtype}")
+            if (found := (tuple(matrix.shape), matrix.dtype, matrix.device)) != wanted:
+                raise ValueError("S must have shape {}, be {} and on {}, got {}, {}, {}".format(*wanted, *found))
+
+
+def parameter_count(parameters: Iterable[Tensor]) -> int:
+    """Return how many numbers the parameters hold."""
+    return sum(parameter.numel() for parameter in parameters)

@@ -5,32 +5,25 @@ where that varies. So every N sees the same data in the same order, and a run th
 it stood. Under ``torchrun`` the ranks share each of these batches among them, and the result is the same to rounding.
 """
 
-import contextlib
-import ctypes
-import importlib.util
 import math
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sleepedu import checks, distributed, files
-from sleepedu.checkpoint import Checkpoint, History, Progress
-from sleepedu.fast import cpp as kernel
+from sleepedu import checks
+from sleepedu.fast.compiling import compiled_blocks, keep_freed_memory
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
-from sleepedu.tasks.base import UNSCORED, Episode, Task
-
-TRAINING, TESTING = 0, 1  # the two streams of examples
-STRIDE = 1_000_003  # batches of one stream, before the next one begins
-COMPILED = ("blocks", "write")  # the model's methods that run a pass
+from sleepedu.tasks.base import Episode, Task, check_task, majority_loss
+from sleepedu.tasks.random_streams import TRAINING, stream
 
 
 @dataclass(frozen=True)
@@ -91,111 +84,137 @@ class TrainConfig:
         return min(up, (self.steps - step) / down) if down else up
 
 
+@dataclass
+class History:
+    """What was measured while training: one entry every few steps, averages over the steps since the last one.
+
+    step, loss (nats a scored token), accuracy (share of scored tokens right), seconds (training time so far, over all
+    interruptions); tokens_per_step; majority_loss: the loss of the best constant answer.
+    """
+
+    step: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_step: int = 0
+    majority_loss: float = 0.0
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while a model is trained: what a checkpoint has to hold.
+
+    sums (3,): loss, share right and gradient norm, added up over the ``counted`` steps since the last history entry.
+    """
+
+    model: SleepLM
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    history: History
+    sums: Tensor
+    counted: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values and tensors."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "history": asdict(self.history),
+            "sums": self.sums.cpu(),
+            **{name: getattr(self, name) for name in ("counted", "step", "seconds")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        vars(self.history).update(state["history"])
+        self.sums.copy_(state["sums"])
+        self.counted, self.step, self.seconds = state["counted"], state["step"], state["seconds"]
+
+
 def train(
     model: SleepLM,
     task: Task,
     config: TrainConfig,
-    directory: Path | str | None = None,
     watch: Callable[[History, TrainConfig], None] | None = None,
+    checkpoint: Any = None,
     *,
     compile: bool = False,
     recompute: bool = False,
 ) -> History:
     """Train a model on a task, end to end through its sleep, and return the history of the run.
 
-    With a directory, a checkpoint is kept there while training; called again with the same settings it resumes from
-    it. Ctrl-C and SIGTERM then wait for the end of the step and a last checkpoint; a second one does not wait. A
-    checkpoint that cannot be written, on a full disk say, is a warning: training goes on and the last one is kept.
-    ``watch`` is called after every history entry (``print_progress`` shows a line). The model keeps its device.
-    Inside ``distributed.process_group`` all ranks train together, and only the first keeps checkpoints and watches.
-    compile: let ``torch.compile`` merge the blocks' small operations, which costs up to a minute at the beginning and
-    makes a step 15 to 40% faster, by task and machine; where there is no compiler, training goes on without.
-    recompute: as in ``run_episode``, much less memory for about a third more time.
-    Raises ValueError when the model's vocabulary is smaller than the task's, the task asks nothing or is scored in no
-    known way, the batch does not divide among the ranks, or the directory's checkpoint is broken or of other settings;
-    BlockingIOError when another process trains in that directory; FloatingPointError when the loss is no longer a
-    number.
+    watch: called after every history entry (``ProgressBar()`` shows a line). checkpoint: a ``Checkpoint``, to go on
+    from what it holds and to save there meanwhile. compile: merge the blocks' small operations by ``torch.compile``: up
+    to a minute at the beginning, then a step takes 70 to 87% of the time on a CPU. recompute: as in ``sleep``.
+    The model keeps its device. In a process group the ranks train together, and the first one watches and saves.
+    Raises ValueError for a task that does not fit the model or asks nothing, a batch that does not divide among the
+    ranks, or a checkpoint that is broken or of other settings; FloatingPointError when the loss is no number any more.
     """
-    check_task(model, task)
-    distributed.check_batch(config.batch)
-    device = model.head.weight.device
-    if device.type == "cpu":
-        keep_freed_memory()
+    check_task(task, model.config.vocabulary)
+    device, (rank, ranks) = model.head.weight.device, rank_and_ranks()
+    if config.batch % ranks:
+        raise ValueError(f"a batch of {config.batch} does not divide into equal shares for {ranks} ranks")
+    keep_freed_memory()
     optimizers = make_optimizers(model, config)
-    # A rank's gradients are so many times larger before they are averaged; 2^16 is where torch begins.
-    scale = 2.0**16 / distributed.ranks()
-    scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
-    history = History(majority_loss=majority_loss(task), tokens_per_step=config.batch * tokens_per_example(task))
-    answer: nn.Module = Answer(model, recompute)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    history = History(tokens_per_step=config.batch * task.tokens_per_example, majority_loss=majority_loss(task))
+    state = TrainingState(model, optimizers, scaler, history, torch.zeros(3, device=device))
     fewest, most = config.range_of_passes
-    if distributed.ranks() > 1:
-        # What gets no gradient (inject, at N = 1) gets none in any step; static_graph is how one says so. Where N
-        # changes, it has to be looked for in every step.
-        fixed = fewest == most
-        answer = DistributedDataParallel(answer, static_graph=fixed, find_unused_parameters=not fixed)
-    if compile and not can_compile(device):
-        warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=2)
-        compile = False
+    answering: nn.Module = AnsweringEpisodes(model, recompute)
+    if ranks > 1:  # a parameter without gradient (inject, at N = 1) never has one, unless N varies
+        varies = fewest < most
+        answering = DistributedDataParallel(answering, static_graph=not varies, find_unused_parameters=varies)
+    entry_every = max(1, config.steps // 200)
 
-    every = max(1, config.steps // 200)
-    with contextlib.ExitStack() as stack:
-        progress = Progress(sums=torch.zeros(3))
-        checkpoint = None
-        if directory is not None:
-            settings = {"task": asdict(task), "model": asdict(model.config), "train": asdict(config)}
-            checkpoint = stack.enter_context(
-                Checkpoint(Path(directory), model, optimizers, scaler, settings, task.name)
-            )
-            checkpoint.resume(history, progress)
-        sums = progress.sums.to(device)
-        started = time.perf_counter() - progress.seconds
+    with checkpoint or nullcontext(), compiled_blocks(model) if compile else nullcontext():
+        if checkpoint is not None:
+            checkpoint.load(state, task, config)
+        started = time.perf_counter() - state.seconds
         model.train()
-        if compile:
-            stack.enter_context(compiled_blocks(model))
-        for step in range(progress.step, config.steps):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * config.rate(step)
+        for step in range(state.step, config.steps):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["initial_lr"] * config.rate(step)
             generator = stream(config.seed, TRAINING, step)
             batch = task.sample(config.batch, generator)
             passes = int(torch.randint(fewest, most + 1, (), generator=generator))
+            share = batch[rank::ranks].to(device)
             # The ranks' mean is that of the whole batch, also where one has more scored tokens than another.
-            count = int(batch.asked.sum()) / distributed.ranks()
-            sums += learn(answer, distributed.share(batch).to(device), passes, optimizers, scaler, config, count)
-            progress.step, progress.counted = step + 1, progress.counted + 1
-            if not (step + 1) % every or step + 1 == config.steps:
-                mean_loss, mean_accuracy, mean_norm = distributed.mean(sums / progress.counted).tolist()
-                if not math.isfinite(mean_loss + mean_norm):
+            count = int(batch.asked.sum()) / ranks
+            state.sums += training_step(answering, share, passes, optimizers, scaler, config, count)
+            state.step, state.counted = step + 1, state.counted + 1
+            if not state.step % entry_every or state.step == config.steps:
+                if ranks > 1:
+                    dist.all_reduce(state.sums)
+                loss, accuracy, norm = (state.sums / (state.counted * ranks)).tolist()
+                if not math.isfinite(loss + norm):
                     raise FloatingPointError(
-                        f"the loss is {mean_loss} and the norm of its gradient {mean_norm} by step {step + 1}: "
-                        f"lower learning_rate (now {config.learning_rate}) "
-                        "or clip; the last checkpoint is kept"
+                        f"the loss is {loss} and the norm of its gradient {norm} by step {state.step}: lower "
+                        f"learning_rate (now {config.learning_rate}) or clip; the last checkpoint is kept"
                     )
-                history.step.append(step + 1)
-                history.loss.append(round(mean_loss, 5))
-                history.accuracy.append(round(mean_accuracy, 5))
+                history.step.append(state.step)
+                history.loss.append(round(loss, 5))
+                history.accuracy.append(round(accuracy, 5))
                 history.seconds.append(round(time.perf_counter() - started, 2))
-                sums.zero_()
-                progress.counted = 0
-                if distributed.is_first() and watch is not None:
+                state.sums.zero_()
+                state.counted = 0
+                if watch is not None and rank == 0:
                     watch(history, config)
-            if checkpoint is not None and checkpoint.is_due(progress, config.steps):
-                progress.sums, progress.seconds = sums.cpu(), time.perf_counter() - started
-                checkpoint.save(history, progress)
+            if checkpoint is not None:
+                state.seconds = time.perf_counter() - started
+                checkpoint.save_when_due(state, config)
     model.eval()
     return history
 
 
-def check_task(model: SleepLM, task: Task) -> None:
-    """Raise ValueError unless the model knows as many words as the task has, and it is known how the task is scored."""
-    if model.config.vocabulary < len(task.words):
-        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {model.config.vocabulary}")
-    if task.scoring not in ("each", "all"):
-        raise ValueError(f"scoring {task.scoring!r} of the {task.name} task is unknown: use 'each' or 'all'")
-
-
-def learn(
-    answer: nn.Module,
+def training_step(
+    answering: nn.Module,
     episode: Episode,
     passes: int,
     optimizers: list[torch.optim.Optimizer],
@@ -205,19 +224,19 @@ def learn(
 ) -> Tensor:
     """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move.
 
-    Return what is measured, (3,): loss (nats a scored token), share right, and the gradient's norm. count: as in
-    ``score``.
+    answering: ``AnsweringEpisodes`` or what wraps it. count: as in ``score``. Return what is measured, (3,): loss
+    (nats a scored token), share right, and the gradient's norm.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     kind = episode.prompt.device.type
     with torch.autocast(kind, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
-        logits = answer(episode, passes)
+        logits = answering(episode, passes)
     loss, accuracy = score(logits.float(), episode, count)
     scaler.scale(loss).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(answer.parameters(), config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(answering.parameters(), config.clip)
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -225,44 +244,8 @@ def learn(
     return torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that one step frees for the next, instead of handing it back to the system.
-
-    The GNU C library hands large blocks back at once, and the system clears every page anew before it gives it out
-    again: a tenth of the time of a training step at laptop size. With another C library nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # what there is instead, on other systems
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes, as high as every version takes it
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def can_compile(device: torch.device) -> bool:
-    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return kernel.compiler() is not None
-
-
-@contextlib.contextmanager
-def compiled_blocks(model: SleepLM) -> Iterator[None]:
-    """Run the model's passes through torch.compile meanwhile: the same numbers, to rounding, from fewer operations."""
-    # What cannot be compiled after all runs as it is. The blocks run many times before gradients are averaged, so
-    # there is nothing to split them for (optimize_ddp).
-    with torch._dynamo.config.patch(suppress_errors=True, optimize_ddp=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the compiler's own
-        for name in COMPILED:
-            setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
-        try:
-            yield
-        finally:
-            for name in COMPILED:
-                vars(model).pop(name, None)  # the method of the class is there again
-            torch._dynamo.reset()  # it compiles a function for so many models and then no more
-
-
-class Answer(nn.Module):
-    """An episode's logits as a module's forward: the one call whose gradients DistributedDataParallel averages."""
+class AnsweringEpisodes(nn.Module):
+    """``run_episode`` as a module's forward: the one call whose gradients DistributedDataParallel averages."""
 
     def __init__(self, model: SleepLM, recompute: bool = False):
         super().__init__()
@@ -307,55 +290,7 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
     return optimizers
 
 
-def stream(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Return the generator of one batch: the same for every model, another for every (seed, purpose, number).
-
-    Raises ValueError for a seed outside 0..2^32 - 1.
-    """
-    checks.seed(seed)
-    mixed = (seed * 2 + purpose) * STRIDE + number
-    if number >= STRIDE or mixed >= 2**32:
-        # The generator takes 32 bits of its seed and ignores the rest. Where these do not tell all streams apart, a
-        # hash does: two of them are the same as rarely as two random numbers of 32 bits.
-        mixed = int(files.checksum(f"{seed} {purpose} {number}".encode())[:8], 16)
-    return torch.Generator().manual_seed(mixed)
-
-
-def tokens_per_example(task: Task) -> int:
-    """Return how many tokens a model reads in one example, windows and prompt."""
-    return task.windows * task.window + task.prompt_length
-
-
-def majority_loss(task: Task) -> float:
-    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples.
-
-    Raises ValueError for episodes that ask nothing.
-    """
-    episode = task.sample(4096, stream(0, TESTING, 0))
-    if not episode.asked.any():
-        raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
-    answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
-    share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
-    return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)
-
-
-def print_progress(history: History, config: TrainConfig) -> None:
-    """Show the run so far in one line: rewritten in place in a terminal, ten lines in all in a notebook or a log."""
-    step, seconds = history.step[-1], history.seconds[-1]
-    last = step == config.steps
-    in_place = sys.stdout.isatty()
-    tenth = step * 10 // config.steps
-    if not in_place and len(history.step) > 1 and tenth == history.step[-2] * 10 // config.steps:
-        return
-    passes = " to ".join(str(n) for n in sorted(set(config.range_of_passes)))
-    line = (
-        f"N={passes}  step {step}/{config.steps}  loss {history.loss[-1]:.3f} "
-        f"(best constant {history.majority_loss:.3f})  right {history.accuracy[-1]:.0%}  "
-        f"{seconds:.0f} s, {seconds / step * (config.steps - step):.0f} s left"
-    )
-    print(f"\r{line:<110}" if in_place else line, end="" if in_place and not last else "\n", flush=True)
-
-
-def parameter_count(parameters: Iterable[Tensor]) -> int:
-    """Return how many numbers the parameters hold."""
-    return sum(parameter.numel() for parameter in parameters)
+def rank_and_ranks() -> tuple[int, int]:
+    """Return which of the processes that train together this is, and how many there are: 0 of 1 without a group."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)

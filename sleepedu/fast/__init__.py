@@ -1,1 +1,48 @@
-"""What is only fast, behind one door: the rule as C++ on a CPU."""
+"""What is only fast, behind one door: ``gated_delta_fast`` gives the numbers of ``gated_delta``, by the best road here.
+
+On a CPU that is C++ (``cpp``), elsewhere and without a compiler the chunks. ``compiling`` has what else makes a
+training step faster.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sleepedu.fast import cpp
+from sleepedu.fast_weights import check_inputs, gated_delta_chunked
+
+_cpp_wanted = True
+
+
+def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``gated_delta`` the fastest way there is here: compiled on a CPU, by ``gated_delta_chunked`` elsewhere.
+
+    Shapes as in ``fast_weights``. There is compiled code for float32, d_k of 16, 32, 64 or 128 and d_v a multiple of
+    16, 8, 4 or 4. Raises ValueError for shapes, devices or dtypes that do not fit together; its gradient MemoryError
+    where S after each token does not fit into memory.
+    """
+    check_inputs(q, k, v, log_a, b, S)
+    multiple = cpp.MULTIPLES.get(q.shape[-1])
+    fits = multiple is not None and v.shape[-1] % multiple == 0
+    if fits and q.dtype == torch.float32 and q.device.type == "cpu" and cpp_is_available():
+        return cpp.GatedDelta.apply(q, k, v, log_a, b, S)
+    return gated_delta_chunked(q, k, v, log_a, b, S)
+
+
+@torch.compiler.assume_constant_result
+def cpp_is_available() -> bool:
+    """Return whether the rule runs in C++ where it can; the first time, compile it."""
+    return _cpp_wanted and cpp.compiled_code() is not None
+
+
+@contextlib.contextmanager
+def without_cpp() -> Iterator[None]:
+    """Do without the rule in C++ meanwhile."""
+    global _cpp_wanted
+    before, _cpp_wanted = _cpp_wanted, False
+    try:
+        yield
+    finally:
+        _cpp_wanted = before

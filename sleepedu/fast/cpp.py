@@ -2,8 +2,7 @@
 
 A GPU is kept busy by the large matrix products of ``gated_delta_chunked``. A CPU core does better token after token:
 each row of S learns by itself, a few rows at a time stay in registers for the whole window, and nothing is written
-but what is asked for. ``gated_delta.cpp`` says how; it is compiled when it is first needed, in a second. Where there
-is no compiler everything works as well, only slower.
+but what is asked for. ``gated_delta.cpp`` says how; it is compiled when it is first needed, in a second.
 """
 
 import contextlib
@@ -13,13 +12,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, library
-
-from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
 SOURCE = Path(__file__).with_name("gated_delta.cpp")
 MULTIPLES = {16: 16, 32: 8, 64: 4, 128: 4}  # the d_k there is code for, and what d_v has to be a multiple of
@@ -27,51 +23,16 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 # The first that the compiler takes: not everyone has OpenMP, and Apple's compiler has its own word for "native".
 FURTHER = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
-_wanted = True
 
-
-def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``gated_delta`` the fastest way there is here: compiled on a CPU, by ``gated_delta_chunked`` elsewhere.
-
-    Shapes as in ``fast_weights``. There is compiled code for float32, d_k of 16, 32, 64 or 128 and d_v a multiple of
-    16, 8, 4 or 4. Raises ValueError for shapes, devices or dtypes that do not fit together; its gradient MemoryError
-    where S after each token does not fit into memory.
-    """
-    given = (q, k, v, log_a, b, S)
-    check_inputs(*given)
-    multiple = MULTIPLES.get(q.shape[-1])
-    fits = multiple is not None and v.shape[-1] % multiple == 0
-    if fits and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in given) and is_available():
-        return _Compiled.apply(*given)
-    return gated_delta_chunked(*given)
-
-
-@torch.compiler.assume_constant_result
-def is_available() -> bool:
-    """Return whether the rule runs compiled where it can; the first time, compile it."""
-    return _wanted and _code() is not None
-
-
-@contextlib.contextmanager
-def without() -> Iterator[None]:
-    """Do without the compiled rule meanwhile."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
-
-
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """Return the C++ compiler there is here, or None."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
 
 
 @functools.cache
-def _code() -> ctypes.CDLL | None:
+def compiled_code() -> ctypes.CDLL | None:
     """Return the compiled code, or None where it cannot be had."""
-    if (program := compiler()) is None:
+    if (program := find_compiler()) is None:
         return None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "gated_delta.so"
@@ -84,7 +45,7 @@ def _code() -> ctypes.CDLL | None:
     return None
 
 
-class _Compiled(torch.autograd.Function):
+class GatedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_a, b, S):
         o, w, S_end = torch.ops.sleepedu.gated_delta(q, k, v, log_a, b, S)
@@ -141,4 +102,4 @@ def _call(name: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> int:
     # The last axis of what belongs to a channel has to be dense; the gates have none.
     tensors = [x if x.ndim == 3 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, *others)]
     given = [_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors]
-    return getattr(_code(), name)(sizes, *map(ctypes.byref, given))
+    return getattr(compiled_code(), name)(sizes, *map(ctypes.byref, given))

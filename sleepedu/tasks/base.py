@@ -1,19 +1,17 @@
-"""What a task is: it makes episodes, knows how deep each question is, and shows an episode to a person.
+"""What a task is: it makes episodes, knows how deep each question is, and puts an episode into words.
 
 A task knows tokens, windows and depth; it knows nothing of models.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sleepedu import checks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sleepedu.tasks.random_streams import TESTING, stream
 
 UNSCORED = -100  # the target where nothing is asked; what torch's cross-entropy ignores
 
@@ -47,6 +45,10 @@ class Episode:
     def __len__(self) -> int:
         return len(self.windows)
 
+    def __getitem__(self, rows: slice) -> "Episode":
+        """Return the episode of some of the examples."""
+        return Episode(**{name: tensor[rows] for name, tensor in vars(self).items()})
+
     @property
     def asked(self) -> Tensor:
         """(b, p) bool: the positions that ask something."""
@@ -54,8 +56,7 @@ class Episode:
 
     def to(self, device: torch.device | str) -> "Episode":
         """Return the same episode on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("windows", "prompt", "targets", "depth")}
-        return replace(self, **moved)
+        return Episode(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,17 @@ class Task(ABC):
         """
 
     @property
+    def tokens_per_example(self) -> int:
+        """How many tokens a model reads in one example, windows and prompt."""
+        return self.windows * self.window + self.prompt_length
+
+    @property
     def floor(self) -> float | None:
         """The share of answers that the best guesser gets right who knows the task and the question but not the text.
 
         None where that is not known exactly; the best constant answer, measured, stands for it then.
         """
         return None
-
-    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None) -> "Figure":
-        """Draw one example for a person, with given answers (p,) beside the right ones where there are any.
-
-        Raises NotImplementedError for a task that has no picture; ``text`` always works.
-        """
-        raise NotImplementedError(f"the {self.name} task has no picture: use text()")
 
     def text(self, episode: Episode, index: int = 0) -> str:
         """Return one example in words: its windows, then its prompt with the right answers in brackets."""
@@ -127,20 +126,6 @@ class Task(ABC):
         for token, target in zip(episode.prompt[index].tolist(), episode.targets[index].tolist(), strict=True):
             prompt.append(self.words[token] + ("" if target == UNSCORED else f" [{self.words[target]}]"))
         return "\n".join([*lines, "prompt:   " + " ".join(prompt)])
-
-    def check(self, episode: Episode) -> None:
-        """Raise ValueError unless the episode has this task's windows and prompt."""
-        wanted = (self.windows, self.window)
-        if tuple(episode.windows.shape[1:]) != wanted:
-            raise ValueError(
-                f"the {self.name} task reads {wanted[0]} windows of {wanted[1]} tokens, "
-                f"the episode has {episode.windows.shape[1]} of {episode.windows.shape[2]}"
-            )
-        if episode.prompt.shape[1] != self.prompt_length:
-            raise ValueError(
-                f"the {self.name} task asks with {self.prompt_length} tokens, the episode with "
-                f"{episode.prompt.shape[1]}"
-            )
 
     def _check_sample(self, batch: int, depth: int | None) -> None:
         checks.whole("batch", batch, least=1)
@@ -154,3 +139,24 @@ def pad_left(tokens: Tensor, length: int, padding: int) -> Tensor:
     text = torch.full((len(tokens), length), padding)
     text[torch.arange(length) >= length - kept.sum(dim=1, keepdim=True)] = tokens[kept]
     return text
+
+
+def check_task(task: Task, vocabulary: int) -> None:
+    """Raise ValueError unless a vocabulary has as many words as the task, and it is known how the task is scored."""
+    if vocabulary < len(task.words):
+        raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {vocabulary}")
+    if task.scoring not in ("each", "all"):
+        raise ValueError(f"scoring {task.scoring!r} of the {task.name} task is unknown: use 'each' or 'all'")
+
+
+def majority_loss(task: Task) -> float:
+    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples.
+
+    Raises ValueError for episodes that ask nothing.
+    """
+    episode = task.sample(4096, stream(0, TESTING, 0))
+    if not episode.asked.any():
+        raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
+    answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
+    share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
+    return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)

@@ -1,0 +1,50 @@
+"""What makes a training step faster and changes no number but by rounding: torch.compile, and memory that is kept."""
+
+import contextlib
+import ctypes
+import importlib.util
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sleepedu.fast.cpp import find_compiler
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
+    return find_compiler() is not None if device.type == "cpu" else importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def compiled_blocks(model: nn.Module) -> Iterator[None]:
+    """Run the model's passes through torch.compile meanwhile: the same numbers, to rounding, from fewer operations.
+
+    Where there is no compiler, or something cannot be compiled after all, it runs as it is.
+    """
+    if not can_compile(next(model.parameters()).device):
+        warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=4)
+        yield
+        return
+    # The blocks run many times before gradients are averaged: there is nothing to split them for (optimize_ddp).
+    with torch._dynamo.config.patch(suppress_errors=True, optimize_ddp=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the compiler's own
+        model.blocks = torch.compile(model.blocks, dynamic=False)
+        try:
+            yield
+        finally:
+            del model.blocks  # the method of the class is there again
+            torch._dynamo.reset()  # it compiles a function for so many models and then no more
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that one step frees for the next, instead of handing it back to the system.
+
+    The GNU C library hands large blocks back at once, and the system clears every page anew before it gives it out
+    again: a compiled laptop step of four passes takes 67 ms with this and 77 without. Elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # what there is instead, on other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes, as high as every version takes it
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

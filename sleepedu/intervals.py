@@ -1,0 +1,81 @@
+"""Accuracies and the intervals they are known to: of one run, of a difference, of a mean over seeds."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri, stdtrit  # quantiles of the normal distribution and of Student's t
+
+Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers with its 95% interval: n examples, and what the best constant answer scores there."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    majority: float = math.nan
+
+    @property
+    def percent(self) -> str:
+        """Percent right and its interval, as "29 (17-42)"."""
+        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
+
+
+Table = dict[int, Accuracy]  # depth -> accuracy
+
+
+def wilson_interval(share: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return Wilson's interval for a share observed on n independent examples: of 95%, or of z standard deviations.
+
+    Written out, because SciPy takes whole numbers of successes, and an example with several questions can be half right.
+    """
+    centre = share + z**2 / (2 * n)
+    reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
+    scale = 1 + z**2 / n
+    # At the ends the two terms cancel, but for rounding, which must not leave the share itself outside.
+    return min(share, max(0.0, (centre - reach) / scale)), max(share, min(1.0, (centre + reach) / scale))
+
+
+def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
+    """Return whether two accuracies, measured on independent examples, are further apart than chance explains.
+
+    That is, whether Newcombe's interval for their difference leaves out 0. comparisons: how many pairs are looked at;
+    with probability 95% none of so many pairs of equal models differs (Bonferroni).
+    """
+    z = ndtri(1 - 0.05 / (2 * comparisons))
+    more, less = (one, other) if one.accuracy >= other.accuracy else (other, one)
+    low, _ = wilson_interval(more.accuracy, more.n, z)
+    _, high = wilson_interval(less.accuracy, less.n, z)
+    return more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy)
+
+
+def differing(one: Table, other: Table, comparisons: int) -> list[int]:
+    """Return the depths at which two tables of the same depths ``differ``, for as many comparisons."""
+    return [depth for depth, accuracy in one.items() if differ(accuracy, other[depth], comparisons)]
+
+
+def student_reach(n: int) -> float:
+    """Return how many standard errors Student's 95% interval reaches to each side of a mean of n numbers."""
+    return float(stdtrit(n - 1, 0.975))
+
+
+def across_seeds(tables: list[Table]) -> Table:
+    """Return the mean over runs that differ in their seed, with Student's 95% interval for that mean (clipped to 0..1).
+
+    n is the number of runs; with a single run the interval is that run's own. Raises ValueError without any run.
+    """
+    if not tables:
+        raise ValueError("there is no run to average")
+    if len(tables) == 1:
+        return tables[0]
+    together = {}
+    for depth in tables[0]:
+        shares = np.array([table[depth].accuracy for table in tables])
+        mean, reach = shares.mean().item(), student_reach(len(shares)) * shares.std(ddof=1).item() / len(shares) ** 0.5
+        majority = sum(table[depth].majority for table in tables) / len(tables)
+        together[depth] = Accuracy(mean, max(0.0, mean - reach), min(1.0, mean + reach), len(tables), majority)
+    return together

@@ -1,0 +1,153 @@
+"""Streaming use of a sleeping model: read a text of any length in pieces of any size, and ask."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sleepedu import checks
+from sleepedu.layers import WindowCache
+from sleepedu.model import SleepLM
+from sleepedu.sleep_loop import check_passes, check_settles, check_sleeps, settle
+
+
+class Session:
+    """Streaming use of a sleeping model: read tokens in pieces of any size, sleep when the window is full, answer.
+
+    window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. tolerance: None, or to end
+    a sleep before N passes as ``sleep_until_settled`` does. However much it reads, it keeps no more than one window and
+    S. ``S`` is the fast weights; ``tokens_read`` and ``sleeps`` count; ``passes_taken`` (batch,) is of the last sleep.
+    Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, a model that keeps
+    its cache, or a tolerance that is not above 0 or of a model without fast weights.
+    """
+
+    def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1, tolerance: float | None = None):
+        check_passes(passes)
+        check_sleeps(model)
+        checks.whole("window", window, least=1)
+        checks.whole("batch", batch, least=1)
+        if tolerance is not None:
+            check_settles(model, tolerance)
+        if 0 < model.config.positions < window:
+            raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
+        self.model, self.window, self.passes, self.batch = model, window, passes, batch
+        self.tolerance = tolerance
+        self.S = model.empty_fast_weights(batch)
+        self.tokens_read = 0
+        self.sleeps = 0
+        self.passes_taken = torch.zeros(batch, dtype=torch.long, device=model.head.weight.device)
+        self._filled: int
+        self._cache: list[WindowCache]
+        self._clear_window()
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit the window."""
+        return self.window - self._filled
+
+    @property
+    def held_bytes(self) -> int:
+        """What is kept between two tokens, S and the window's cache, in bytes."""
+        cached = (tensor for layer in self._cache for tensor in vars(layer).values() if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self.S, *cached))
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:
+        """Read tokens (batch, n), sleeping whenever the window is full; return their logits (batch, n, V).
+
+        logits=False: compute none and return None.
+        Raises ValueError for another batch size or tokens outside the vocabulary; nothing has been read then.
+        """
+        self._check(tokens)
+        if not self.room:
+            self.sleep()  # an interrupt kept the last one from ending
+        answers = []
+        while tokens.shape[1]:
+            piece, tokens = tokens[:, : self.room], tokens[:, self.room :]
+            embedding = self.model.embed(piece, self._filled)
+            cache = [replace(layer) for layer in self._cache]  # so that an interrupted pass has changed nothing
+            h, S = self.model.blocks(embedding, self.S, cache)
+            self.S, self._cache = S, cache
+            if self.passes > 1:
+                self._read.append((h, embedding))
+            self._filled += piece.shape[1]
+            self.tokens_read += piece.shape[1]
+            if logits:
+                answers.append(self.model.out(h))
+            if not self.room:
+                self.sleep()
+        if not logits:
+            return None
+        return torch.cat(answers, dim=1) if answers else self.model.out(self.model.embed(tokens))
+
+    def read_stream(self, pieces: Iterable[Tensor]) -> int:
+        """Read a text that need not fit into memory, any iterable of pieces (batch, n); return how many tokens it had.
+
+        The same as ``read(piece, logits=False)`` for one after the other, but at its best speed for pieces of any
+        size, and they may be on the CPU wherever the model is. For a progress bar, hand it ``tqdm(pieces)``.
+        Raises ValueError as ``read`` does, and whatever the iterable raises; the pieces before have been read then.
+        """
+        before = self.tokens_read
+        for part in self._windowfuls(pieces):
+            self.read(part, logits=False)
+        return self.tokens_read - before
+
+    def _windowfuls(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Join and cut pieces, so that each fills the window: one long pass is much faster than many short ones."""
+        waiting = torch.empty(self.batch, 0, dtype=torch.long, device=self.model.head.weight.device)
+        try:
+            for piece in pieces:
+                self._check(piece)
+                waiting = torch.cat((waiting, piece.to(waiting.device)), dim=1)
+                while waiting.shape[1] >= self.room:
+                    part, waiting = waiting[:, : self.room], waiting[:, self.room :]
+                    yield part
+        except Exception:
+            yield waiting  # what came before the error
+            raise
+        yield waiting
+
+    @torch.no_grad()
+    def sleep(self) -> None:
+        """Sleep now on what the window holds, and clear it. The reading was the first of the N passes."""
+        if not self._filled:
+            return
+        S, taken = self.S, torch.full_like(self.passes_taken, self.passes)
+        if self.passes > 1:
+            h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
+            if self.tolerance is not None:
+                S, taken = settle(self.model, h, embedding, S, self.passes, self.tolerance)
+            else:
+                for _ in range(1, self.passes):
+                    h, S = self.model.blocks(self.model.carry(h, embedding), S)
+        self.S, self.passes_taken = S, taken
+        self.sleeps += 1
+        self._clear_window()
+
+    @torch.no_grad()
+    def answer(self, prompt: Tensor) -> Tensor:
+        """Return the logits (batch, p, V) of a prompt, in one pass, without remembering that it was asked.
+
+        A prompt has to be seen whole: where the window has no room left for it, the session sleeps first.
+        Raises ValueError for a prompt that is empty or longer than the window, another batch size, or tokens outside
+        the vocabulary.
+        """
+        self._check(prompt)
+        if not 1 <= prompt.shape[1] <= self.window:
+            raise ValueError(f"a prompt must have 1 to {self.window} tokens, as many as the window, got {prompt.shape[1]}")
+        if prompt.shape[1] > self.room:
+            self.sleep()
+        cache = [replace(layer) for layer in self._cache]
+        h, _ = self.model.blocks(self.model.embed(prompt, self._filled), self.S, cache)
+        return self.model.out(h)
+
+    def _clear_window(self) -> None:
+        self._cache = self.model.empty_cache()
+        self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
+        self._filled = 0
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or len(tokens) != self.batch:
+            raise ValueError(f"tokens must have shape ({self.batch}, length), got {tuple(tokens.shape)}")
+        self.model.check_tokens(tokens)
