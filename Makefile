@@ -1,11 +1,12 @@
 # Two commands: `make book` and `make test`. `make soak` looks for what breaks, `make environments` tries other versions of
-# what is needed. All but the last set up .venv first, once, and again when requirements.txt changes.
+# what is needed, `make wheel` builds what is released. The first three set up .venv, once, and again when requirements.txt
+# changes.
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint unit coverage notebooks pages soak environments clean
+.PHONY: book test lint house unit coverage notebooks pages soak environments wheel clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -18,6 +19,12 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/nbstripout --keep-id --verify book/*.ipynb tests/*.ipynb
+
+# Every file with its floor and lines; fails where an import goes up.
+house:
+	$(PYTHON) tests/house.py
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2
@@ -40,6 +47,10 @@ soak: .venv/ready
 # The oldest, Colab's and the newest versions, each in an environment of its own; `make environments NAMES=oldest` for one.
 environments:
 	$(PYTHON) tests/environments/campaign.py $(NAMES)
+
+# What is released, in _build/dist, with one chapter run from it in an environment of its own.
+wheel:
+	$(PYTHON) tests/environments/wheel.py
 
 .venv/ready: requirements.txt pyproject.toml tests/environments/widgets7.txt
 	$(PYTHON) -m venv .venv

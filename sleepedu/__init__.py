@@ -1,8 +1,8 @@
 """sleepedu: language models that sleep.
 
-The names most uses need. The method is in fast_weights, layers, model, sleep_loop and training; beside it stand session,
-trace and evaluation, and the tasks; ``fast`` is what is only fast, ``lab`` has the experiments and the store of their
-runs, ``pictures`` the figures and sliders.
+The names most uses need. The method is in fast_weights, layers, model, sleep_loop and training; beside it stand
+session, trace and evaluation, and the tasks; ``fast`` is what is only fast, ``lab`` has the experiments and the store
+of their runs, ``pictures`` the figures and sliders.
 """
 
 from sleepedu._version import __version__

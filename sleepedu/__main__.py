@@ -8,21 +8,39 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sleepedu import checks, distributed, files
-from sleepedu.evaluation import Table, accuracy_by_depth, differing
-from sleepedu.lab import benchmark, experiments, probes, reproduction
+from sleepedu import checks, files
+from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.intervals import Table, differing
+from sleepedu.lab import benchmark, experiments, probes, reproduction, run_store
 from sleepedu.lab import results as tables
-from sleepedu.model import CARRIES
-from sleepedu.pictures import live_model as live
-from sleepedu.tasks import TASKS
-from sleepedu.training import print_progress
+from sleepedu.pictures import live_model
+from sleepedu.progress import ProgressBar
 
-THREADS = "CPU threads; a second one makes a step shorter on an idle machine, and many times longer on a busy one"
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "--compile": {"action": argparse.BooleanOptionalAction, "help": "with torch.compile; where it pays, when absent"},
+    "--device": {"default": "auto", "help": "auto, cpu or cuda"},
+    "--examples": {"type": int, "default": 2000, "help": "to measure on, at every depth"},
+    "--json": {"action": "store_true", "help": "for a program to read"},
+    "--markdown": {"action": "store_true", "help": "as on the book's page of results"},
+    "--only": {"nargs": "+", "default": list(benchmark.PARTS), "choices": list(benchmark.PARTS), "help": "parts of it"},
+    "--quiet": {"action": "store_true", "help": "show no progress"},
+    "--recompute": {"action": "store_true", "help": "much less memory for about a third more time"},
+    "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
+    "--seed": {"type": int, "help": "of the examples; another than the run's own"},
+    "--threads": {"type": int, "default": 1, "help": "of the CPU; more are slower on a busy machine"},
+    "--to": {
+        "type": Path,
+        "default": live_model.FOLDER,
+        "help": f"folder to write to; {live_model.FOLDER} when absent",
+    },
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,134 +55,113 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # whoever read our output has seen enough, as in `results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        return 0
+    except ConnectionError:  # another rank has failed, and says why
+        return 2
+    except (ValueError, FloatingPointError) as error:
         return _fail(files.first_line(error))
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(files.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
-        if distributed.first_to_fail():
-            print("\nsleepedu: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        _fail("stopped; the same command goes on from the last checkpoint")
         return 130
-    except Exception:
-        if distributed.first_to_fail():
-            raise
-        return 2  # of another rank's error, which that rank has told
-    return 0
 
 
 def train(options: argparse.Namespace) -> None:
-    experiment = experiments.Experiment(
-        task=options.task,
-        size=options.size,
-        model=options.model,
-        passes=options.passes,
-        seed=options.seed,
-        carry=options.carry,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-    )
-    watch = None if options.quiet else print_progress
+    watch = None if options.quiet else ProgressBar()
     how = {"compile": options.compile, "recompute": options.recompute}
+    experiment = _chosen(experiments.Experiment, options)
     run = experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)
-    if run is None:  # the first rank has the rest to do
-        return
-    print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
-    _print_table(run.table, run.make_task().depth_name)
+    if run is not None:  # the first rank has it
+        print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
+        _print_accuracy(run, run.table)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     # All runs are looked for before one is measured.
-    runs = [experiments.load(run) for run in options.run] or experiments.stored_runs()
+    runs = [run_store.load_run(run) for run in options.run] or run_store.stored_runs()
     if not runs:
         raise ValueError("there are no stored runs to measure: train one and name it")
     for run in runs:
         if options.seed == run.experiment.seed:
             raise ValueError(f"seed {options.seed} drew the examples of the stored table of {run.name}: take another")
     comparisons = sum(len(run.table) for run in runs)
-    rows, apart = [], 0
+    measured, apart = [], 0
     for run in runs:
-        task, passes = run.make_task(), run.experiment.passes
-        table = accuracy_by_depth(run.load_model(options.device), task, passes, options.examples, options.seed)
+        model, passes = run.load_model(options.device), run.experiment.passes
+        table = accuracy_by_depth(model, run.make_task(), passes, options.examples, options.seed)
         differs = differing(table, run.table, comparisons)
         apart += len(differs)
-        rows.append(
-            {
-                **run.row(),
-                "stored": _rows(run.table),
-                "seed_of_examples": options.seed,
-                "depths": _rows(table),
-                "differs": differs,
-            }
-        )
+        again = {"seed_of_examples": options.seed, "depths": run_store.plain_table(table), "differs": differs}
+        measured.append({**run.row(), "stored": run_store.plain_table(run.table), **again})
         if not options.json:
-            notes = {d: f"{run.table[d].accuracy:6.3f}{'  differs' if d in differs else ''}" for d in table}
             print(run.name)
-            _print_table(table, task.depth_name, {"stored": notes})
-            sys.stdout.flush()
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print(
-            f"{apart or 'none'} of {comparisons} accuracies on examples of seed {options.seed} "
-            f"{'differs' if apart < 2 else 'differ'} from the stored by more than chance explains"
-        )
+            _print_accuracy(run, table, differs)
+    told = (
+        f"{apart or 'none'} of {comparisons} accuracies on examples of seed {options.seed} "
+        f"{'differs' if apart < 2 else 'differ'} from the stored by more than chance explains"
+    )
+    print(json.dumps(measured, indent=1) if options.json else told)
     return 1 if apart else 0
 
 
+def probe(options: argparse.Namespace) -> None:
+    settings = _chosen(probes.Settings, options)
+    runs = [run_store.load_run(run) for run in options.run]  # all of them are looked for before one is probed
+    found = [probes.probe_run(run, settings, options.runs) for run in runs]
+    lines = "\n\n".join("\n".join(one.lines()) for one in found)
+    print(f"[{','.join(one.json() for one in found)}]" if options.json else lines)
+
+
 def results(options: argparse.Namespace) -> None:
-    runs = experiments.stored_runs(options.runs)
+    runs = run_store.stored_runs(options.runs)
+    if options.json and options.markdown:
+        raise ValueError("--json and --markdown are two forms of the table: take one")
     if options.json:
         print(json.dumps([run.row() for run in runs], indent=1))
-        return
-    print(tables.markdown(runs) if options.markdown else "\n".join(tables.lines(runs)))
-
-
-def probe(options: argparse.Namespace) -> None:
-    settings = probes.Settings(options.passes, options.episodes, options.seed)
-    runs = [experiments.load(run) for run in options.run]  # all of them are looked for before one is probed
-    shown = [probes.of(run, settings, options.runs) for run in runs]
-    if options.json:
-        print(f"[{','.join(found.json() for found in shown)}]")
     else:
-        print("\n\n".join("\n".join(found.lines()) for found in shown))
+        print(tables.markdown(runs) if options.markdown else "\n".join(tables.lines(runs)))
 
 
 def reproduce(options: argparse.Namespace) -> int:
-    watch = None if options.quiet else print_progress
-    done = reproduction.reproduce(experiments.load(options.run), options.runs, watch)
+    watch = None if options.quiet else ProgressBar()
+    done = reproduction.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
     print("\n".join(done.lines))
     return 0 if done.reproduced else 1
 
 
 def bench(options: argparse.Namespace) -> None:
-    device = experiments.find_device(options.device)
+    device = run_store.find_device(options.device)
     figures = benchmark.bench(device, tuple(options.only), lambda line: print(line, file=sys.stderr))
-    if options.json:
-        print(json.dumps(figures, indent=1))
-        return
-    print(f"{figures['machine']['processor']}, {figures['machine']['threads']} threads; milliseconds, median of rounds")
+    lines = [f"{name} {value}" for name, value in figures["machine"].items()]
     for part in options.only:
-        print(f"\n{part}")
-        for row in figures[part]:
-            # A timing is its median; everything else is shown as it is, but for the spread, which --json has.
-            shown = {name: value["ms"] if isinstance(value, dict) else value for name, value in row.items()}
-            print("  " + "  ".join(f"{k} {v}" for k, v in shown.items() if k not in ("low", "high", "rounds")))
+        lines += ["", f"{part}, milliseconds (median)", *tables.aligned(figures[part])]
+    print(json.dumps(figures, indent=1) if options.json else "\n".join(lines))
 
 
 def export_live(options: argparse.Namespace) -> None:
-    for path in live.export(options.to, options.runs):
+    runs = [run_store.load_run(options.runs / name) for name in live_model.RUNS]
+    for path in live_model.export(runs, options.to):
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def _rows(table: Table) -> dict[str, dict]:
-    return {str(depth): asdict(accuracy) for depth, accuracy in table.items()}
-
-
-def _print_table(table: Table, depth_name: str, more: dict[str, dict[int, str]] | None = None) -> None:
-    """Print the table of a run, with further columns: their names, and a text for every depth."""
-    more = more or {}
-    print(f"{depth_name:>16s}  accuracy  95% interval    best constant answer", *more, sep="  ")
+def _print_accuracy(run: run_store.Run, table: Table, differs: list[int] | None = None) -> None:
+    """Print a run's accuracy by depth; where it was measured again, beside what is stored, and where that differs."""
+    rows = []
     for depth, a in table.items():
-        told = f"{depth:16d}  {a.accuracy:8.3f}  {a.low:.3f} - {a.high:.3f}   {a.majority:<20.3f}"
-        print(told.rstrip() if not more else told, *(column[depth] for column in more.values()), sep="  ")
+        row = {run.make_task().depth_name: depth, "accuracy": a.accuracy, "95% interval": f"{a.low:.3f} - {a.high:.3f}"}
+        row["best constant answer"] = a.majority
+        if differs is not None:
+            row |= {"stored": run.table[depth].accuracy, "": "differs" if depth in differs else ""}
+        rows.append(row)
+    print("\n".join(tables.aligned(rows)), flush=True)
+
+
+def _fail(message: str, on_every_rank: bool = False) -> int:
+    """Say what is wrong and return the exit code; what every rank of torchrun finds alike the first one says."""
+    if on_every_rank or not experiments.torchrun_rank():
+        print(f"sleepedu: {message}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,82 +169,40 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(message))
 
 
-def _fail(message: str) -> int:
-    """Say what is wrong, of several ranks only once, and return the exit code."""
-    if distributed.first_to_fail():
-        print(f"sleepedu: {message}", file=sys.stderr)
-    return 2
+def _chosen(settings: type, options: argparse.Namespace) -> Any:
+    return settings(**{field.name: getattr(options, field.name) for field in fields(settings)})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m sleepedu", description="Train and measure language models that sleep.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("train", help="train one run, or resume it, and store it")
-    command.add_argument("task", help=f"one of {', '.join(TASKS)}")
-    command.add_argument("--passes", type=int, default=1, metavar="N", help="sleep passes over every window")
-    command.add_argument("--size", default="laptop", help=f"one of {', '.join(experiments.SIZES)}")
-    command.add_argument("--model", default="sleep", help=f"one of {', '.join(experiments.MODELS)}")
-    command.add_argument(
-        "--carry", default="", help=f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}"
-    )
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
-    command.add_argument("--learning-rate", type=float, default=0.0, help="Muon's, instead of the recipe's")
-    command.add_argument("--examples", type=int, default=2000, help="to evaluate on, at every depth")
-    command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the run in")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--threads", type=int, default=1, help=THREADS)
-    command.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="with torch.compile; where it pays, when absent"
-    )
-    command.add_argument("--recompute", action="store_true", help="much less memory for about a third more time")
-    command.add_argument("--quiet", action="store_true", help="show no progress")
-    command.set_defaults(command=train)
+    def add(function: Callable, what: str, *names: str, run: Any = 0, settings: Any = None, **defaults: Any) -> None:
+        """Add a command with these arguments, how many runs it takes and every field of a class of settings."""
+        command = commands.add_parser(function.__name__.replace("_", "-"), help=what)
+        if run:
+            command.add_argument("run", nargs=run, help="a run's name or folder")
+        for name in names:
+            command.add_argument(name, **ARGUMENTS[name])
+        for field in fields(settings) if settings else ():
+            given: dict[str, Any] = {"type": field.type, "help": field.metadata["help"]}
+            if field.default is MISSING:
+                command.add_argument(field.name, **given)
+            else:
+                command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **given)
+        command.set_defaults(command=function, **defaults)
 
-    command = commands.add_parser("evaluate", help="measure stored runs on fresh examples and compare")
-    command.add_argument("run", nargs="*", help="a run's name or folder, or several; the committed ones when absent")
-    command.add_argument("--seed", type=int, default=7, help="of the examples; another than the run's own")
-    command.add_argument("--examples", type=int, default=2000, help="at every depth")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--threads", type=int, default=1, help=THREADS)
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(command=evaluate)
-
-    command = commands.add_parser("probe", help="measure what can be read from a stored run's S after each pass")
-    command.add_argument("run", nargs="+", help="a run's name or folder, or several")
-    command.add_argument("--passes", type=int, default=probes.Settings.passes, help="probe after pass 1 to this one")
-    command.add_argument("--episodes", type=int, default=probes.Settings.episodes, help="to fit, choose and test with")
-    command.add_argument("--seed", type=int, default=probes.Settings.seed, help="of the examples")
-    command.add_argument("--runs", type=Path, default=experiments.OWN, help="folder to store the probes in")
-    command.add_argument("--threads", type=int, default=1, help=THREADS)
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(command=probe)
-
-    command = commands.add_parser("results", help="all stored runs in one table")
-    command.add_argument("--runs", type=Path, help="folder of runs; the committed ones when absent")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="every run by itself, with its intervals")
-    form.add_argument("--markdown", action="store_true", help="as on the book's page of results")
-    command.set_defaults(command=results)
-
-    command = commands.add_parser("reproduce", help="train a stored run again and compare")
-    command.add_argument("run", help="a run's name or folder")
-    command.add_argument("--runs", type=Path, help="folder to keep the new run in; it is not kept when absent")
-    command.add_argument("--quiet", action="store_true", help="show no progress")
-    command.set_defaults(command=reproduce)
-
-    command = commands.add_parser("bench", help="measure what sleep costs on this machine")
-    command.add_argument("--only", nargs="+", default=list(benchmark.PARTS), metavar="PART", help="a part or more")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--threads", type=int, default=1, help=THREADS)
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(command=bench)
-
-    command = commands.add_parser("export-live", help="write the models of the book's first page as a script")
-    command.add_argument("--runs", type=Path, default=experiments.COMMITTED, help="folder of runs")
-    command.add_argument("--to", type=Path, default=live.FOLDER, help=f"folder to write to; {live.FOLDER} when absent")
-    command.set_defaults(command=export_live)
+    here = ("--device", "--threads")
+    how = ("--compile", "--recompute", "--quiet", "--examples", *here)
+    own: dict[str, Any] = {"runs": run_store.OWN}
+    add(train, "train one run, or resume it, and store it", "--runs", *how, settings=experiments.Experiment, **own)
+    add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *here, run="*", seed=7)
+    probed = ("--runs", "--json", "--threads")
+    add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **own)
+    add(results, "all stored runs in one table", "--runs", "--json", "--markdown")
+    add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
+    add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
+    add(export_live, "write the models of the book's first page", "--runs", "--to", runs=run_store.COMMITTED)
     return parser
 
 

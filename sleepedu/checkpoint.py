@@ -75,7 +75,7 @@ class Checkpoint:
             stored = files.unpack(content)
             other = stored.pop("settings") != self._settings
             if not other:
-                state.load_state_dict(stored)
+                restore(state, stored)
         except Exception as error:  # torch raises whatever broken bytes lead it to
             raise ValueError(
                 f"{self.path} is not a whole checkpoint ({files.first_line(error)}): delete it to start anew"
@@ -97,7 +97,7 @@ class Checkpoint:
     def _save(self, state: TrainingState) -> None:
         if state.sums.isfinite().all():  # else the run is about to fail, and what was good stays
             try:
-                files.write(self.path, files.pack({"settings": self._settings, **state.state_dict()}))
+                files.write(self.path, files.pack({"settings": self._settings, **contents(state)}))
             except OSError as error:
                 warnings.warn(f"{error}; training goes on and tries again", stacklevel=4)
         self._saved = time.perf_counter()
@@ -106,3 +106,26 @@ class Checkpoint:
         """Delete the file of a finished run, and what a kill in the middle of a save has left of the next."""
         for file in (self.path, self.path.with_suffix(".partial")):
             file.unlink(missing_ok=True)
+
+
+def contents(state: TrainingState) -> dict[str, Any]:
+    """Return all that changes while training as plain values and tensors."""
+    return {
+        "model": state.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
+        "scaler": state.scaler.state_dict(),
+        "history": asdict(state.history),
+        "sums": state.sums.cpu(),
+        "progress": (state.counted, state.step, state.seconds),
+    }
+
+
+def restore(state: TrainingState, stored: dict[str, Any]) -> None:
+    """Bring a state to what ``contents`` said of another."""
+    state.model.load_state_dict(stored["model"])
+    for optimizer, saved in zip(state.optimizers, stored["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    state.scaler.load_state_dict(stored["scaler"])
+    vars(state.history).update(stored["history"])
+    state.sums.copy_(stored["sums"])
+    state.counted, state.step, state.seconds = stored["progress"]

@@ -1,6 +1,7 @@
 """The learned local rule: how a fast-weight memory S is written and read.
 
-Every rule has one signature, ``rule(q, k, v, log_a, b, S) -> (o, S)``, and is a pure function of tensors.
+Every rule has one signature, ``rule(q, k, v, log_a, b, S) -> (o, S)``, and is a pure function of tensors; it raises
+ValueError for shapes, devices or dtypes that do not fit together.
 
 Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
 
@@ -11,9 +12,9 @@ Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
     S        (batch, heads, d_v, d_k)      the fast weights; o = S q
     o        (batch, heads, length, d_v)   what the queries read
 
-The first four functions take one token at a time and are meant to be read. ``gated_delta_chunked`` gives the
-numbers of ``gated_delta`` with a few large matrix products. Models train with ``fast.gated_delta_fast``, which takes
-compiled code where there is some and the chunks elsewhere.
+The four rules are written as what they do with one token. ``gated_delta_chunked`` gives the numbers of ``gated_delta``
+with a few large matrix products. Models train with ``fast.gated_delta_fast``, which takes compiled code where there is
+some and the chunks elsewhere.
 """
 
 from collections.abc import Callable
@@ -21,55 +22,62 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def hebbian(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Add every association to the memory: S_t = S_{t-1} + v_t k_t^T (Hebb's rule; both gates are ignored).
-
-    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
-    """
-
-    def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return S + outer(v, k)
-
-    return _token_by_token(write, q, k, v, log_a, b, S)
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def gated(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Forget a little, then add: S_t = a_t S_{t-1} + b_t v_t k_t^T (the paper's general form).
+def token_by_token(write: Callable[..., Tensor]) -> Rule:
+    """Make a rule of how it writes one token, ``write(S, k, v, a, b) -> S``; it is read after every write."""
 
-    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
-    """
+    def rule(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(q, k, v, log_a, b, S)
+        a = log_a.exp()[..., None, None]  # (b, h, t, 1, 1), to scale a matrix
+        b = b[..., None, None]  # (b, h, t, 1, 1)
+        outputs = []
+        for t in range(q.shape[2]):
+            S = write(S, k[:, :, t], v[:, :, t], a[:, :, t], b[:, :, t])  # (b, h, d_v, d_k)
+            outputs.append(read(S, q[:, :, t]))  # (b, h, d_v)
+        return torch.stack(outputs, dim=2), S
 
-    def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return a * S + b * outer(v, k)
-
-    return _token_by_token(write, q, k, v, log_a, b, S)
-
-
-def delta(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Write only what the memory gets wrong: S_t = S_{t-1} + b_t (v_t - S_{t-1} k_t) k_t^T (log_a is ignored).
-
-    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
-    """
-
-    def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return S + b * outer(v - read(S, k), k)
-
-    return _token_by_token(write, q, k, v, log_a, b, S)
+    rule.__name__, rule.__qualname__, rule.__doc__ = write.__name__, write.__qualname__, write.__doc__
+    return rule
 
 
-def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def outer(v: Tensor, k: Tensor) -> Tensor:
+    """Return v k^T for v (..., d_v) and k (..., d_k), shape (..., d_v, d_k)."""
+    return v[..., :, None] * k[..., None, :]
+
+
+def read(S: Tensor, q: Tensor) -> Tensor:
+    """Return S q for S (..., d_v, d_k) and q (..., d_k), shape (..., d_v)."""
+    return (S @ q[..., :, None])[..., 0]
+
+
+@token_by_token
+def hebbian(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add every association to the memory: S_t = S_{t-1} + v_t k_t^T (Hebb's rule; both gates are ignored)."""
+    return S + outer(v, k)
+
+
+@token_by_token
+def gated(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Forget a little, then add: S_t = a_t S_{t-1} + b_t v_t k_t^T (the paper's general form)."""
+    return a * S + b * outer(v, k)
+
+
+@token_by_token
+def delta(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Write only what the memory gets wrong: S_t = S_{t-1} + b_t (v_t - S_{t-1} k_t) k_t^T (log_a is ignored)."""
+    return S + b * outer(v - read(S, k), k)
+
+
+@token_by_token
+def gated_delta(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Forget, then correct what is left: S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T.
 
     The same as S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T (Yang et al. 2024, equation 10).
-    Shapes as in the module's table. Raises ValueError for shapes, devices or dtypes that do not fit together.
     """
-
-    def write(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        S = a * S
-        return S + b * outer(v - read(S, k), k)
-
-    return _token_by_token(write, q, k, v, log_a, b, S)
+    S = a * S
+    return S + b * outer(v - read(S, k), k)
 
 
 def gated_delta_chunked(
@@ -86,20 +94,19 @@ def gated_delta_chunked(
     which is unit lower triangular, so one triangular solve finds all of them. Then
     o_t = e^(g_t) S_0 q_t + sum_{i<=t} e^(g_t - g_i) (q_t . k_i) u_i, and S_C likewise. All exponents are at most 0.
 
-    Shapes as in the module's table; ``length`` need not be a multiple of ``chunk``, the most tokens that are taken at a
-    time. Raises ValueError for shapes, devices or dtypes that do not fit together, or a chunk below 1.
+    chunk: the most tokens that are taken at a time; ``length`` need not be a multiple. ValueError for one below 1.
     """
     check_inputs(q, k, v, log_a, b, S)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     outputs = []
     for piece in zip(*(tensor.split(chunk, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
-        o, S = _one_chunk(*piece, S)
+        o, S = _one_chunk(S, *piece)
         outputs.append(o)
     return torch.cat(outputs, dim=2), S
 
 
-def _one_chunk(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def _one_chunk(S: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     # Sums of logarithms in double precision: after strong forgetting, differences of large sums must stay exact.
     g = log_a.double().cumsum(-1)  # (b, h, t)
     e = g.exp().to(q.dtype)[..., None]  # (b, h, t, 1): e^(g_t)
@@ -112,29 +119,6 @@ def _one_chunk(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Ten
     return o, e[..., -1:, :] * S + u.mT @ (decay[..., -1, :, None] * k)
 
 
-def outer(v: Tensor, k: Tensor) -> Tensor:
-    """Return v k^T for v (..., d_v) and k (..., d_k), shape (..., d_v, d_k)."""
-    return v[..., :, None] * k[..., None, :]
-
-
-def read(S: Tensor, q: Tensor) -> Tensor:
-    """Return S q for S (..., d_v, d_k) and q (..., d_k), shape (..., d_v)."""
-    return (S @ q[..., :, None])[..., 0]
-
-
-def _token_by_token(
-    write: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor
-) -> tuple[Tensor, Tensor]:
-    check_inputs(q, k, v, log_a, b, S)
-    a = log_a.exp()[..., None, None]  # (b, h, t, 1, 1), to scale a matrix
-    b = b[..., None, None]
-    outputs = []
-    for t in range(q.shape[2]):
-        S = write(S, k[:, :, t], v[:, :, t], a[:, :, t], b[:, :, t])
-        outputs.append(read(S, q[:, :, t]))
-    return torch.stack(outputs, dim=2), S
-
-
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> None:
     """Raise ValueError, which names the tensor, unless shapes are the module's table's, and devices and dtypes one."""
     if q.ndim != 4 or v.ndim != 4 or 0 in q.shape[1:3]:
@@ -142,13 +126,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: T
             "q and v must be (batch, heads, length, size) with a head and a token at least, "
             f"got {tuple(q.shape)} and {tuple(v.shape)}"
         )
-    *tokens, d_k = q.shape
-    d_v = v.shape[-1]
-    shapes = {"k": (*tokens, d_k), "v": (*tokens, d_v), "log_a": tokens, "b": tokens, "S": (*tokens[:2], d_v, d_k)}
+    tokens, d_v, d_k = q.shape[:3], v.shape[3], q.shape[3]
+    shapes = {"k": q.shape, "v": (*tokens, d_v), "log_a": tokens, "b": tokens, "S": (*q.shape[:2], d_v, d_k)}
     for (name, shape), tensor in zip(shapes.items(), (k, v, log_a, b, S), strict=True):
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} must have shape {tuple(shape)} to fit q {tuple(q.shape)}, got {tuple(tensor.shape)}")
-        if (tensor.device, tensor.dtype) != (q.device, q.dtype):
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, q {q.dtype} on {q.device}: make them one kind on one device"
-            )
+        wanted = (tuple(shape), q.dtype, q.device)
+        if (found := (tuple(tensor.shape), tensor.dtype, tensor.device)) != wanted:
+            raise ValueError("{} must be {}, {}, on {} to fit q and v, got {}, {}, on {}".format(name, *wanted, *found))

@@ -31,7 +31,7 @@ Table = dict[int, Accuracy]  # depth -> accuracy
 def wilson_interval(share: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Return Wilson's interval for a share observed on n independent examples: of 95%, or of z standard deviations.
 
-    Written out, because SciPy takes whole numbers of successes, and an example with several questions can be half right.
+    SciPy's takes whole numbers of successes only, and an example with several questions can be half right.
     """
     centre = share + z**2 / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))

@@ -19,7 +19,11 @@ MIXERS = {
     "A": "attention to everything read, which keeps its cache",
     "g": "fast weights (gated delta rule)",
 }
-CARRIES = ("hidden", "inject", "embed")
+CARRIES = {
+    "hidden": "the paper: h itself",
+    "inject": "h normalised and mixed with the embedding again",
+    "embed": "the embedding again, so nothing but S",
+}
 
 FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the first to the last
 
@@ -28,52 +32,41 @@ FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the f
 class ModelConfig:
     """Everything that shapes a ``SleepLM``; raises ValueError for a value that makes no model.
 
-    layout: one letter a block, as in ``MIXERS``: "agag" is the paper's hybrid, "aaaa" a plain transformer. heads x
-    key_size and heads x value_size are the sizes of S (0 means width / heads). carry: what one sleep pass hands the
-    next, "hidden" (the paper: h itself), "inject" (h normalised and mixed with the embedding again) or "embed" (nothing
-    but S). positions: how many places of the window have a learned embedding, added to the token's; 0 leaves positions
-    to attention's rotary encoding, which cannot tell apart two questions that use the same token.
     The paper leaves open what we chose: pre-norm RMSNorm; positions that count from 0 in every window; an empty
     convolution tail at every window; h carried as it is, without normalisation; float32.
     """
 
     vocabulary: int
-    layout: str = "agag"
+    layout: str = "agag"  # a letter a block, as in MIXERS: this is the paper's hybrid, "aaaa" a plain transformer
     width: int = 64
     heads: int = 4
-    key_size: int = 0
+    key_size: int = 0  # of S, as is value_size; 0 means width / heads
     value_size: int = 0
     mlp_ratio: float = 2.0
     convolution: int = 4
     write_range: float = 2.0
-    carry: str = "hidden"
-    positions: int = 0
+    carry: str = "hidden"  # what one pass hands the next, as in CARRIES
+    positions: int = 0  # places of the window with a learned embedding; 0: rotary encoding alone, to which two equal
+    # tokens of a prompt look alike
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
             checks.whole(name, getattr(self, name), least=1)
         for name in ("key_size", "value_size", "positions"):
             checks.whole(name, getattr(self, name), least=0)
-        for name in ("mlp_ratio", "write_range"):
+        for name, least, most in (("write_range", 0, 2), ("mlp_ratio", 1 / self.width, checks.MOST / self.width)):
             checks.finite(name, getattr(self, name))
-        if not isinstance(self.layout, str):
-            raise ValueError(f"layout must be a word, got {self.layout!r}")
-        unknown = sorted(set(self.layout) - set(MIXERS))
-        if unknown or not self.layout:
+            if not least <= getattr(self, name) <= most or not getattr(self, name):
+                raise ValueError(f"{name} must lie in {least:.4g}..{most:.4g} and not be 0, got {getattr(self, name)}")
+        if not isinstance(self.layout, str) or not self.layout or not set(self.layout) <= set(MIXERS):
             allowed = ", ".join(f"{letter!r} {what}" for letter, what in MIXERS.items())
-            raise ValueError(f"layout {self.layout!r} has unknown letters {unknown}: use one or more of {allowed}")
+            raise ValueError(f"layout must be a word of one or more of {allowed}, got {self.layout!r}")
         if self.keeps_cache and set(self.layout) != {"A"}:
             raise ValueError(f"layout {self.layout!r} mixes 'A', which evicts nothing, with layers that do")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
-        if not 0 < self.write_range <= 2:
-            raise ValueError(f"write_range must lie in (0, 2] for the rule to be stable, got {self.write_range}")
-        if not 1 <= self.mlp_ratio * self.width <= checks.MOST:
-            raise ValueError(
-                f"mlp_ratio {self.mlp_ratio} must give 1..{checks.MOST} hidden units at width {self.width}"
-            )
         if self.carry not in CARRIES:
-            raise ValueError(f"carry {self.carry!r} is unknown: use one of {CARRIES}")
+            raise ValueError(f"carry {self.carry!r} is unknown: use one of {', '.join(CARRIES)}")
 
     @property
     def keeps_cache(self) -> bool:
@@ -102,14 +95,12 @@ class SleepLM(nn.Module):
         if config.positions:
             self.places = nn.Parameter(0.5 * torch.randn(config.positions, config.width))
         self.layers = nn.ModuleList()
-        mixer: CausalAttention | FastWeightMixer
         for letter in config.layout:
-            if letter in "aA":
-                mixer = CausalAttention(config.width, heads)
+            if letter == "g":
+                sizes = (heads, key_size, value_size, config.convolution)
+                mixer: nn.Module = FastWeightMixer(config.width, *sizes, config.write_range)
             else:
-                mixer = FastWeightMixer(
-                    config.width, heads, key_size, value_size, config.convolution, config.write_range
-                )
+                mixer = CausalAttention(config.width, heads)
             self.layers.append(Block(mixer, config.width, config.mlp_ratio))
         self.norm = nn.RMSNorm(config.width, EPSILON)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
@@ -141,10 +132,7 @@ class SleepLM(nn.Module):
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return the first hidden states h (b, l, w) of tokens (b, l), the first of them at place ``start``."""
         self.check_tokens(tokens)
-        device = self.embedding.weight.device
-        if tokens.device != device:
-            raise ValueError(f"the tokens are on {tokens.device}, the model on {device}: move them to one device")
-        h = self.embedding(tokens)
+        h = self.embedding(tokens)  # (b, l, w)
         if not self.config.positions:
             return h
         end = start + tokens.shape[1]
@@ -155,15 +143,14 @@ class SleepLM(nn.Module):
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise ValueError unless tokens are int64 or int32 (b, l) inside the vocabulary (checked on the CPU)."""
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "tokens must be whole numbers (int64 or int32) of shape (batch, length), "
-                f"got {tokens.dtype} {tuple(tokens.shape)}"
-            )
+            found = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens must be whole numbers (int64 or int32) of shape (batch, length), got {found}")
         if tokens.device.type == "cpu" and tokens.numel():
-            low, high = torch.aminmax(tokens)
-            if low < 0 or high >= self.config.vocabulary:
-                wrong = int(low if low < 0 else high)
-                raise ValueError(f"token {wrong} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}")
+            for token in map(int, torch.aminmax(tokens)):
+                if not 0 <= token < self.config.vocabulary:
+                    raise ValueError(
+                        f"token {token} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}"
+                    )
 
     def blocks(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).
@@ -171,13 +158,10 @@ class SleepLM(nn.Module):
         h: (b, l, w); S as from ``empty_fast_weights``. With a cache, h continues the window that is in it.
         """
         self.check_fast_weights(S, h)
-        left, written = iter(S), []
+        of_layer = dict(zip(self.fast_layers, S, strict=True))
         for index, block in enumerate(self.layers):
-            before = next(left) if block.has_fast_weights else None
-            h, after = block(h, before, None if cache is None else cache[index])  # (b, l, w), (b, heads, d_v, d_k)
-            if block.has_fast_weights:
-                written.append(after)
-        return h, tuple(written)
+            h, of_layer[index] = block(h, of_layer.get(index), None if cache is None else cache[index])
+        return h, tuple(of_layer[index] for index in self.fast_layers)  # (b, l, w), (b, heads, d_v, d_k) each
 
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Return what the next sleep pass starts from, given this pass's h and the window's embedding (b, l, w)."""
@@ -200,9 +184,7 @@ class SleepLM(nn.Module):
     def check_fast_weights(self, S: FastWeights, h: Tensor) -> None:
         """Raise ValueError unless S has one matrix stack per fast-weight layer that fits h (b, l, w)."""
         if len(S) != len(self.fast_layers):
-            raise ValueError(
-                f"layout {self.config.layout!r} has {len(self.fast_layers)} fast-weight layers, S {len(S)}"
-            )
+            raise ValueError(f"S must be of {len(self.fast_layers)} fast-weight layers, as the model has, got {len(S)}")
         wanted = ((len(h), *self.config.state_shape), self.state_dtype, h.device)
         for matrix in S:
             if (found := (tuple(matrix.shape), matrix.dtype, matrix.device)) != wanted:

@@ -14,7 +14,7 @@ class ProgressBar:
     tenth of the run.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._bar: tqdm | None = None
 
     def __call__(self, history: History, config: TrainConfig) -> None:
@@ -29,10 +29,8 @@ class ProgressBar:
                 miniters=0 if sys.stdout.isatty() else config.steps // 10,
                 mininterval=0.1 if sys.stdout.isatty() else 0,
             )
-        self._bar.set_postfix_str(
-            f"loss {history.loss[-1]:.3f} (best constant {history.majority_loss:.3f}), right {history.accuracy[-1]:.0%}",
-            refresh=False,
-        )
+        loss = f"loss {history.loss[-1]:.3f} (best constant {history.majority_loss:.3f})"
+        self._bar.set_postfix_str(f"{loss}, right {history.accuracy[-1]:.0%}", refresh=False)
         self._bar.update(step - self._bar.n)
         if step == config.steps:
             self._bar.close()

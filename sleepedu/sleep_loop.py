@@ -26,12 +26,7 @@ from sleepedu.tasks.base import Episode
 
 
 def sleep(
-    model: SleepLM,
-    tokens: Tensor,
-    S: FastWeights | None = None,
-    passes: int = 1,
-    trace: Any = None,
-    recompute: bool = False,
+    model: SleepLM, tokens: Tensor, S: FastWeights | None = None, passes: int = 1, trace: Any = None, recompute=False
 ) -> FastWeights:
     """Sleep on one full window: N recurrent passes over it, of which only the fast weights remain. Consolidation.
 
@@ -64,30 +59,22 @@ def wake(model: SleepLM, prompt: Tensor, S: FastWeights) -> Tensor:
     return model.out(h)
 
 
-def run_episode(model: SleepLM, episode: Episode, passes: int, trace: Any = None, recompute: bool = False) -> Tensor:
+def run_episode(model: SleepLM, episode: Episode, passes: int, trace: Any = None, recompute=False) -> Tensor:
     """Sleep on the episode's windows, one after the other, then answer its prompt: logits (b, p, V). Algorithm 1.
 
     trace, recompute: as in ``sleep``. Raises ValueError for N < 1, N > 1 with a model that keeps its cache, or tokens
     outside the vocabulary.
     """
-    if model.config.keeps_cache:
-        return read_whole(model, episode, passes)
+    if model.config.keeps_cache:  # it reads windows and prompt in one pass, everything in sight
+        if passes != 1:
+            raise ValueError(f"a model that keeps its cache does not sleep: passes must be 1, got {passes}")
+        pieces = (*episode.windows.unbind(1), episode.prompt)
+        h, _ = model.blocks(torch.cat([model.embed(tokens) for tokens in pieces], dim=1), ())
+        return model.out(h[:, -episode.prompt.shape[1] :])
     S = model.empty_fast_weights(len(episode))
     for tokens in episode.windows.unbind(1):
         S = sleep(model, tokens, S, passes, trace, recompute)
     return wake(model, episode.prompt, S)
-
-
-def read_whole(model: SleepLM, episode: Episode, passes: int = 1) -> Tensor:
-    """Answer with every window still in sight, as a model does that keeps its cache: logits (b, p, V) in one pass.
-
-    Raises ValueError unless N is 1: such a model does not sleep.
-    """
-    if passes != 1:
-        raise ValueError(f"a model that keeps its cache does not sleep: passes must be 1, got {passes}")
-    pieces = (*episode.windows.unbind(1), episode.prompt)
-    h, _ = model.blocks(torch.cat([model.embed(tokens) for tokens in pieces], dim=1), ())
-    return model.out(h[:, -episode.prompt.shape[1] :])
 
 
 @torch.no_grad()
@@ -115,20 +102,19 @@ def settle(
     ``|S_n - S_(n-1)| <= tolerance |S_n|``; that pass is its last, and the others go on without it.
     """
     final = tuple(matrix.clone() for matrix in S)
-    taken = torch.ones(len(h), dtype=torch.long, device=h.device)
-    awake = torch.arange(len(h), device=h.device)  # the sequences that go on
+    taken = torch.ones(len(h), dtype=torch.long, device=h.device)  # (b,)
+    going = torch.arange(len(h), device=h.device)  # the sequences that go on
     for _ in range(1, passes):
-        if not len(awake):
+        if not len(going):
             break
         h, after = model.blocks(model.carry(h, embedding), S)
-        taken[awake] += 1
-        still = torch.zeros_like(awake, dtype=torch.bool)
+        taken[going] += 1
+        settled = torch.ones_like(going, dtype=torch.bool)
         for whole, new, old in zip(final, after, S, strict=True):
-            whole[awake] = new
-            settled = (new - old).flatten(1).norm(dim=1) <= tolerance * new.flatten(1).norm(dim=1)
-            still |= ~settled  # so that what is no number has not settled
-        awake, h, embedding = awake[still], h[still], embedding[still]
-        S = tuple(matrix[still] for matrix in after)
+            whole[going] = new
+            settled &= (new - old).flatten(1).norm(dim=1) <= tolerance * new.flatten(1).norm(dim=1)
+        going, h, embedding = going[~settled], h[~settled], embedding[~settled]
+        S = tuple(matrix[~settled] for matrix in after)
     return final, taken
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,54 +28,44 @@ from sleepedu.tasks.random_streams import TRAINING, stream
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that shapes a training run besides the task and the model.
+    """Everything that shapes a training run besides the task and the model; ValueError for what cannot train."""
 
-    passes: N, or (fewest, most) to draw N anew for every batch, all equally likely. steps x batch examples.
-    learning_rate: Muon's, for hidden matrices; adam_learning_rate: for embeddings, head, gates and vectors. warmup:
-    steps up, then stable, then down to zero over the last ``decay`` part of the run. autocast: "", or "bfloat16" /
-    "float16" for mixed precision (S stays float32). Raises ValueError for values that cannot train.
-    """
-
-    passes: int | tuple[int, int] = 1
+    passes: int | tuple[int, int] = 1  # N, or (fewest, most) to draw N anew for every batch, all equally likely
     steps: int = 1000
     batch: int = 64
     seed: int = 0
-    learning_rate: float = 0.01
-    adam_learning_rate: float = 0.002
-    warmup: int = 50
-    decay: float = 0.3
+    learning_rate: float = 0.01  # Muon's, for hidden matrices
+    adam_learning_rate: float = 0.002  # for embeddings, head, gates and vectors
+    warmup: int = 50  # steps up, then stable, ...
+    decay: float = 0.3  # ... then down to zero over this last part of the run
     weight_decay: float = 1e-4
     clip: float = 1.0
-    autocast: str = ""
+    autocast: str = ""  # or "bfloat16" or "float16" for mixed precision; S stays float32
 
     def __post_init__(self):
-        if isinstance(self.passes, list):
-            raise ValueError(f"passes must be N or a tuple, (fewest, most), got {self.passes}")
-        for passes in self.range_of_passes:
-            check_passes(passes)
-        if len(self.range_of_passes) != 2 or self.range_of_passes[0] > self.range_of_passes[1]:
-            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
+        fewest, most = self.range_of_passes
+        check_passes(fewest)
+        checks.whole("the most passes (N)", most, least=fewest)
         checks.seed(self.seed)
-        checks.whole("steps", self.steps, least=1)
-        checks.whole("batch", self.batch, least=1)
-        checks.whole("warmup", self.warmup, least=0)
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
+            checks.whole(name, getattr(self, name), least)
         for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):
             checks.finite(name, getattr(self, name))
-        for name in ("learning_rate", "adam_learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.weight_decay < 0 or not 0 <= self.decay <= 1:
-            raise ValueError(
-                "weight_decay must not be negative and decay must lie in 0..1, "
-                f"got {self.weight_decay} and {self.decay}"
-            )
+            if getattr(self, name) < 0 or (getattr(self, name) == 0 and "decay" not in name):
+                raise ValueError(f"{name} must be above 0, or 0 for a decay, got {getattr(self, name)}")
+        if self.decay > 1:
+            raise ValueError(f"decay must lie in 0..1, got {self.decay}")
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ValueError(f"autocast {self.autocast!r} is unknown: use '', 'bfloat16' or 'float16'")
 
     @property
     def range_of_passes(self) -> tuple[int, int]:
         """The fewest and the most passes that a batch may get, both N where N is fixed."""
-        return self.passes if isinstance(self.passes, tuple) else (self.passes, self.passes)
+        if not isinstance(self.passes, tuple):
+            return self.passes, self.passes
+        if len(self.passes) != 2:
+            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
+        return self.passes
 
     def rate(self, step: int) -> float:
         """Return the share of the learning rate at a step (from 0): warm-up, stable, linear decay."""
@@ -86,56 +76,35 @@ class TrainConfig:
 
 @dataclass
 class History:
-    """What was measured while training: one entry every few steps, averages over the steps since the last one.
-
-    step, loss (nats a scored token), accuracy (share of scored tokens right), seconds (training time so far, over all
-    interruptions); tokens_per_step; majority_loss: the loss of the best constant answer.
-    """
+    """What was measured while training: one entry every few steps, averages over the steps since the last one."""
 
     step: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)  # nats a scored token
+    accuracy: list[float] = field(default_factory=list)  # share of scored tokens right
+    seconds: list[float] = field(default_factory=list)  # training time so far, over all interruptions
     tokens_per_step: int = 0
-    majority_loss: float = 0.0
+    majority_loss: float = 0.0  # the loss of the best constant answer
+
+    def add(self, step: int, loss: float, accuracy: float, seconds: float) -> None:
+        """Make an entry."""
+        self.step.append(step)
+        self.loss.append(round(loss, 5))
+        self.accuracy.append(round(accuracy, 5))
+        self.seconds.append(round(seconds, 2))
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a model is trained: what a checkpoint has to hold.
-
-    sums (3,): loss, share right and gradient norm, added up over the ``counted`` steps since the last history entry.
-    """
+    """Everything that changes while a model is trained, and so what a checkpoint has to hold."""
 
     model: SleepLM
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     history: History
-    sums: Tensor
-    counted: int = 0
+    sums: Tensor  # (3,): loss, share right and gradient norm, added up over ...
+    counted: int = 0  # ... so many steps since the last history entry
     step: int = 0
     seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values and tensors."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "history": asdict(self.history),
-            "sums": self.sums.cpu(),
-            **{name: getattr(self, name) for name in ("counted", "step", "seconds")},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        vars(self.history).update(state["history"])
-        self.sums.copy_(state["sums"])
-        self.counted, self.step, self.seconds = state["counted"], state["step"], state["seconds"]
 
 
 def train(
@@ -151,9 +120,8 @@ def train(
     """Train a model on a task, end to end through its sleep, and return the history of the run.
 
     watch: called after every history entry (``ProgressBar()`` shows a line). checkpoint: a ``Checkpoint``, to go on
-    from what it holds and to save there meanwhile. compile: merge the blocks' small operations by ``torch.compile``: up
-    to a minute at the beginning, then a step takes 70 to 87% of the time on a CPU. recompute: as in ``sleep``.
-    The model keeps its device. In a process group the ranks train together, and the first one watches and saves.
+    from what it holds and to save there meanwhile. compile: as ``compiled_blocks``, which costs up to a minute at the
+    beginning. recompute: as in ``sleep``. In a process group the ranks train together; the first one watches and saves.
     Raises ValueError for a task that does not fit the model or asks nothing, a batch that does not divide among the
     ranks, or a checkpoint that is broken or of other settings; FloatingPointError when the loss is no number any more.
     """
@@ -162,10 +130,7 @@ def train(
     if config.batch % ranks:
         raise ValueError(f"a batch of {config.batch} does not divide into equal shares for {ranks} ranks")
     keep_freed_memory()
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
-    history = History(tokens_per_step=config.batch * task.tokens_per_example, majority_loss=majority_loss(task))
-    state = TrainingState(model, optimizers, scaler, history, torch.zeros(3, device=device))
+    state = begin_training(model, task, config)
     fewest, most = config.range_of_passes
     answering: nn.Module = AnsweringEpisodes(model, recompute)
     if ranks > 1:  # a parameter without gradient (inject, at N = 1) never has one, unless N varies
@@ -179,7 +144,7 @@ def train(
         started = time.perf_counter() - state.seconds
         model.train()
         for step in range(state.step, config.steps):
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
                 group["lr"] = group["initial_lr"] * config.rate(step)
             generator = stream(config.seed, TRAINING, step)
             batch = task.sample(config.batch, generator)
@@ -187,7 +152,7 @@ def train(
             share = batch[rank::ranks].to(device)
             # The ranks' mean is that of the whole batch, also where one has more scored tokens than another.
             count = int(batch.asked.sum()) / ranks
-            state.sums += training_step(answering, share, passes, optimizers, scaler, config, count)
+            state.sums += training_step(state, answering, share, passes, config, count)
             state.step, state.counted = step + 1, state.counted + 1
             if not state.step % entry_every or state.step == config.steps:
                 if ranks > 1:
@@ -198,46 +163,46 @@ def train(
                         f"the loss is {loss} and the norm of its gradient {norm} by step {state.step}: lower "
                         f"learning_rate (now {config.learning_rate}) or clip; the last checkpoint is kept"
                     )
-                history.step.append(state.step)
-                history.loss.append(round(loss, 5))
-                history.accuracy.append(round(accuracy, 5))
-                history.seconds.append(round(time.perf_counter() - started, 2))
+                state.history.add(state.step, loss, accuracy, time.perf_counter() - started)
                 state.sums.zero_()
                 state.counted = 0
                 if watch is not None and rank == 0:
-                    watch(history, config)
+                    watch(state.history, config)
             if checkpoint is not None:
                 state.seconds = time.perf_counter() - started
                 checkpoint.save_when_due(state, config)
     model.eval()
-    return history
+    return state.history
+
+
+def begin_training(model: SleepLM, task: Task, config: TrainConfig) -> TrainingState:
+    """Return the state of a run before its first step."""
+    device = model.head.weight.device
+    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    history = History(tokens_per_step=config.batch * task.tokens_per_example, majority_loss=majority_loss(task))
+    return TrainingState(model, make_optimizers(model, config), scaler, history, sums=torch.zeros(3, device=device))
 
 
 def training_step(
-    answering: nn.Module,
-    episode: Episode,
-    passes: int,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    config: TrainConfig,
-    count: float = 0,
+    state: TrainingState, answering: nn.Module, episode: Episode, passes: int, config: TrainConfig, count: float = 0
 ) -> Tensor:
     """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move.
 
-    answering: ``AnsweringEpisodes`` or what wraps it. count: as in ``score``. Return what is measured, (3,): loss
-    (nats a scored token), share right, and the gradient's norm.
+    answering: ``AnsweringEpisodes`` of the state's model, or what wraps it. count: as in ``score``. Return what is
+    measured, (3,): loss (nats a scored token), share right, and the gradient's norm.
     """
-    for optimizer in optimizers:
+    scaler = state.scaler
+    for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     kind = episode.prompt.device.type
     with torch.autocast(kind, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
         logits = answering(episode, passes)
     loss, accuracy = score(logits.float(), episode, count)
     scaler.scale(loss).backward()
-    for optimizer in optimizers:
+    for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(answering.parameters(), config.clip)
-    for optimizer in optimizers:
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    for optimizer in state.optimizers:
         scaler.step(optimizer)
     scaler.update()
     # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
@@ -269,25 +234,21 @@ def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, T
 
 
 def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return torch's Muon for the matrices inside the blocks, AdamW for everything else.
+    """Return torch's Muon for the matrices inside the blocks, AdamW for everything else, with betas as in section 6.
 
-    Gates count with the rest: they are a few rows, not a hidden matrix. Betas, decay and schedule as in section 6.
+    Gates count with the rest: they are a few rows, not a hidden matrix.
     """
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and name.endswith("weight") and name.startswith(("layers.", "inject."))
         (hidden if matrix and ".gates." not in name else rest).append(parameter)
-    optimizers = [
-        torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95),
-        torch.optim.AdamW(
-            rest, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-        ),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
+    decay = config.weight_decay
+    muon = torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=decay, momentum=0.95)
+    adam = torch.optim.AdamW(rest, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    for group in (*muon.param_groups, *adam.param_groups):
+        group["initial_lr"] = group["lr"]
+    return [muon, adam]
 
 
 def rank_and_ranks() -> tuple[int, int]:

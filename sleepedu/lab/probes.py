@@ -7,28 +7,29 @@ is measured on a third part. No ring of nodes, and no row of bits, is in two par
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sleepedu import checks, files
-from sleepedu.evaluation import Accuracy, Table, wilson_interval
-from sleepedu.lab.experiments import COMMITTED, OWN, Run
-from sleepedu.lab.provenance import machine
-from sleepedu.model import FastWeights, ModelConfig, SleepLM
-from sleepedu.sleep_loop import SleepTrace, check_passes, sleep
+from sleepedu.intervals import Accuracy, Table, wilson_interval
+from sleepedu.lab import run_store
+from sleepedu.lab.results import aligned
+from sleepedu.lab.run_store import Run
+from sleepedu.model import FastWeights, SleepLM
+from sleepedu.sleep_loop import check_passes, sleep, wake
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, Task
 from sleepedu.tasks.base import Episode
 from sleepedu.tasks.cellular_automaton import space_time
-from sleepedu.training import TESTING, stream
+from sleepedu.tasks.random_streams import TESTING, stream
+from sleepedu.trace import SleepTrace
 
 VERSION = 1  # of the stored form
 READERS = {
@@ -43,27 +44,20 @@ READERS = {
 }
 RIDGES = tuple(10.0**power for power in range(-6, 3))  # penalties, for features of variance 1
 EXAMPLES = 1  # the number of the test stream they are drawn from; accuracy_by_depth begins at 10,000
-CHUNK = 500
-
-Parts = tuple[Tensor, Tensor, Tensor]  # the same of the examples to fit, to choose and to test
+CHUNK = 500  # examples that are read at once
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a table of probes depends on besides the run.
+    """What a table of probes depends on besides the run; raises ValueError for passes < 1 or episodes < 100."""
 
-    passes: the sleep is probed after pass 1, 2, ..., up to this one. episodes: examples drawn, of which 5/8 are to
-    fit, 1/8 to choose the penalty and 1/4 to test, less what occurs twice. seed: of the examples and of the untrained
-    model. Raises ValueError for passes < 1 or fewer than 100 episodes.
-    """
-
-    passes: int = 8
-    episodes: int = 10_000
-    seed: int = 0
+    passes: int = field(default=8, metadata={"help": "probe after pass 1 to this one"})
+    episodes: int = field(default=10_000, metadata={"help": "drawn: 5/8 to fit, 1/8 to choose, 1/4 to test with"})
+    seed: int = field(default=0, metadata={"help": "of the examples and of the untrained model"})
 
     def __post_init__(self):
         check_passes(self.passes)
-        checks.whole("episodes", self.episodes, least=100)  # to fit, choose and test
+        checks.whole("episodes", self.episodes, least=100)
         checks.seed(self.seed)
 
 
@@ -71,7 +65,7 @@ class Settings:
 class Probes:
     """How often each reader names the right label after each pass, on examples that it was not fitted on.
 
-    each[reader][n - 1] has a share for every step in ``steps``, nan where the task has no such question; labels are
+    each[reader][n - 1] has a share for every step in ``steps``, None where the task has no such question; labels are
     counted one by one. whole: the same, where an example counts when all its labels are right. A reader that does not
     depend on the sleep has one row. examples: how many there were to "fit", "choose" and "test". weights: the hash of
     the file of weights that was probed.
@@ -82,217 +76,202 @@ class Probes:
     settings: Settings
     steps: tuple[int, ...]
     examples: dict[str, int]
-    each: dict[str, list[list[float]]]
-    whole: dict[str, list[list[float]]]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    each: dict[str, list[list[float | None]]]
+    whole: dict[str, list[list[float | None]]]
+    provenance: dict[str, Any]
 
     def table(self, reader: str, n: int = 1, whole: bool = False) -> Table:
         """Return what a reader scores after pass n: step -> accuracy, with the interval of as many test examples.
 
         Raises ValueError for a reader or pass that is not there.
         """
-        shares = self.whole if whole else self.each
+        shares, tested = self.whole if whole else self.each, self.examples["test"]
         if reader not in shares:
             raise ValueError(f"reader {reader!r} is unknown: use one of {', '.join(shares)}")
         if n not in range(1, self.settings.passes + 1):
             raise ValueError(f"pass n must lie in 1..{self.settings.passes}, got {n}")
-        tested, constant = self.examples["test"], shares["constant"][0]
-        row = shares[reader][min(n, len(shares[reader])) - 1]
+        rows = zip(self.steps, shares[reader][min(n, len(shares[reader])) - 1], shares["constant"][0], strict=True)
         return {
-            step: Accuracy(share, *wilson_interval(share, tested), tested, constant[position])
-            for position, (step, share) in enumerate(zip(self.steps, row, strict=True))
-            if not math.isnan(share)
+            step: Accuracy(share, *wilson_interval(share, tested), tested, constant)
+            for step, share, constant in rows
+            if share is not None
         }
 
     def json(self) -> str:
-        """Return everything as JSON, as it is stored, with null for nan."""
-        stored = {"version": VERSION, **asdict(self)}
-        for shares in (stored["each"], stored["whole"]):
-            for reader, rows in shares.items():
-                shares[reader] = [[None if math.isnan(share) else share for share in row] for row in rows]
-        text = json.dumps(stored, indent=1, allow_nan=False)
-        # A row of numbers is one line. No line ends inside a string, so a bracket at the end of one begins a list.
-        return re.sub(r"\[\n[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
+        """Return everything as JSON, as it is stored."""
+        return run_store.readable_json({"version": VERSION, **asdict(self)})
 
     def lines(self) -> list[str]:
         """Return the tables as text: a line per reader and pass."""
-        counts = ", ".join(f"{count:,} to {part}" for part, count in self.examples.items())
-        shown = [f"{self.run}: {counts}; right labels, then whole examples right"]
-        for reader, rows in self.each.items():
-            shown += ["", f"{reader}: {READERS[reader]}"]
-            shown.append(" " * 6 + "".join(f"{step:7d}" for step in self.steps) * 2)
-            for n, row in enumerate(rows, start=1):
-                shares = [*row, *self.whole[reader][n - 1]]
-                name = f"pass {n}" if len(rows) > 1 else ""
-                shown.append(f"{name:6s}" + "".join(f"{share:7.3f}" for share in shares))
-        return shown
+        shown = [f"{self.run}, " + ", ".join(f"{count:,} to {part}" for part, count in self.examples.items())]
+        for what, shares in (("labels right", self.each), ("whole examples right", self.whole)):
+            passes = [(reader, n, row) for reader, rows in shares.items() for n, row in enumerate(rows, start=1)]
+            rows = [{what: f"{r}, pass {n}"} | dict(zip(self.steps, row, strict=True)) for r, n, row in passes]
+            shown += ["", *aligned(rows)]
+        return [*shown, "", *(f"{reader}: {what}" for reader, what in READERS.items())]
 
 
-def of(run: Run, settings: Settings | None = None, directory: Path | str = OWN) -> Probes:
+def probe_run(run: Run, settings: Settings | None = None, directory: Path | str = run_store.OWN) -> Probes:
     """Return the stored probes of a run with these settings, or make and store them now (about half a minute).
 
     Looks in the committed store, then in ``directory``, where new ones go.
-    Raises ValueError for a run that cannot be probed (see ``probe``) or probes or weights that are broken,
+    Raises ValueError for a run that cannot be probed (see ``probe_model``) or probes or weights that are broken,
     FileNotFoundError for a run without weights, OSError when the probes cannot be written.
     """
-    settings = settings or Settings()
-    weights = run.weights[:16]
-    for store in (COMMITTED, Path(directory)):
+    settings, weights = settings or Settings(), run.weights[:16]
+    for store in (run_store.COMMITTED, Path(directory)):
         path = store / "probes" / f"{run.name}.json"
         if path.exists():
-            found = load(path)
+            found = load_probes(path)
             if found.settings == settings and found.weights == weights:
                 return found
     started = time.perf_counter()
-    made = probe(run.load_model(), run.make_task(), settings)
-    provenance = {**machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
-    found = Probes(run.name, weights, settings, **made, provenance=provenance)
-    path = Path(directory) / "probes" / f"{run.name}.json"
-    files.write(path, found.json().encode())
-    return load(path)
+    made = probe_model(run.load_model(), run.make_task(), settings)
+    provenance = {**run_store.machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
+    files.write(path, Probes(run.name, weights, settings, **made, provenance=provenance).json().encode())
+    return load_probes(path)
 
 
-def load(path: Path | str) -> Probes:
+def load_probes(path: Path | str) -> Probes:
     """Return stored probes. Raises FileNotFoundError where there are none, ValueError where they are broken."""
-    path = Path(path)
+    content = Path(path).read_bytes()
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(content)
         if stored.pop("version") != VERSION:
-            raise ValueError(f"{path} is of another version than {VERSION}, which this library reads")
-        stored |= {"settings": Settings(**stored["settings"]), "steps": tuple(stored["steps"])}
-        for shares in (stored["each"], stored["whole"]):
-            for reader, rows in shares.items():
-                shares[reader] = [[math.nan if share is None else share for share in row] for row in rows]
-        return Probes(**stored)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is broken ({type(error).__name__}: {files.first_line(error)}): delete it and make it again"
-        ) from error
+            raise ValueError(f"this library reads version {VERSION}")
+        return Probes(**stored | {"settings": Settings(**stored["settings"]), "steps": tuple(stored["steps"])})
+    except Exception as error:  # broken bytes lead anywhere
+        told = f"{type(error).__name__}: {files.first_line(error)}"
+        raise ValueError(f"{path} is broken ({told}): delete it and make it again") from error
 
 
-def probe(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any]:
+@torch.no_grad()
+def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any]:
     """Return the probes of a model as plain numbers: ``steps``, ``examples``, ``each`` and ``whole`` of ``Probes``.
 
     Raises ValueError for a model without fast weights, a task other than a graph with names of one token or an
     automaton of one row, asked for all bits, in one window, or too few different examples.
     """
-    _questions(task)
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights to probe: use one with 'g'")
-    steps, parts = _examples(task, settings)
-    wanted = [labels for _, labels in parts]
-    truth, classes = wanted[2], int(wanted[0].max()) + 1
-    facts = [F.one_hot(labels[:, 0], classes).flatten(1) for labels in wanted]
-    untrained = _read_untrained(model.config, task, settings)
-    answers = {
-        **_read(model, task, settings),
-        "untrained S": untrained["S"],
-        "untrained query": untrained["query"],
-        "facts": [read_out(facts, wanted, classes)],
-        "constant": [wanted[0].mode(dim=0).values.expand_as(truth)],
-    }
-
-    def shares(whole: bool) -> dict[str, list[list[float]]]:
-        return {reader: [_share_right(given, truth, whole) for given in answers[reader]] for reader in READERS}
-
-    counts = dict(zip(("fit", "choose", "test"), (len(labels) for labels in wanted), strict=True))
-    return {"steps": steps, "examples": counts, "each": shares(False), "whole": shares(True)}
-
-
-@lru_cache(maxsize=1)
-def _examples(task: Task, settings: Settings) -> tuple[tuple[int, ...], list[tuple[Tensor, Tensor]]]:
-    """Return the steps, and windows (b, l) and labels (b, steps, items) to fit, to choose and to test with.
-
-    They are drawn once for all readers.
-    """
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
-    steps, labels = hidden_states(task, episode)
-    parts = split(episode.windows.flatten(1), labels[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))
-    if min(map(len, parts)) < 2:
-        counts = ", ".join(str(len(part)) for part in parts)
+    steps, states = hidden_states(task, episode)
+    classes = int(states.max()) + 1
+    parts = split(episode.windows.flatten(1), states[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))
+    examples = {name: len(part) for name, part in zip(("fit", "choose", "test"), parts, strict=True)}
+    if min(examples.values()) < 2:
         raise ValueError(
-            f"{settings.episodes} episodes have {counts} different examples to fit, choose and test with, "
-            "and each takes 2: draw more episodes, or of a larger task"
+            f"{settings.episodes} episodes have {', '.join(map(str, examples.values()))} different examples to fit, "
+            "choose and test with, and each takes 2: draw more episodes, or of a larger task"
         )
-    return steps, [(episode.windows[part, 0], labels[part]) for part in parts]
-
-
-@lru_cache(maxsize=2)
-def _read_untrained(config: ModelConfig, task: Task, settings: Settings) -> dict[str, list[Tensor]]:
-    """Return what is read from a model with random weights, once for all runs of one form and task."""
+    windows, labels = [episode.windows[part, 0] for part in parts], [states[part] for part in parts]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return _read(SleepLM(config).eval(), task, settings)
+        untrained = SleepLM(model.config).eval()
+    answers = _read(model, task, settings, windows, labels)
+    answers |= {f"untrained {reader}": x for reader, x in _read(untrained, task, settings, windows, labels).items()}
+    facts = [F.one_hot(part[:, 0], classes).flatten(1) for part in labels]
+    answers["facts"] = [read_out(facts, labels, classes)]
+    answers["constant"] = [labels[0].mode(dim=0).values.expand_as(labels[2])]
+
+    def shares(counted: Any) -> dict[str, list[list[float | None]]]:
+        return {
+            reader: [_shares(given, counted(given == labels[2])) for given in answers[reader]] for reader in READERS
+        }
+
+    each, whole = shares(lambda right: right.double().mean(dim=2)), shares(lambda right: right.all(dim=2).double())
+    return {"steps": steps, "examples": examples, "each": each, "whole": whole}
 
 
-def _read(model: SleepLM, task: Task, settings: Settings) -> dict[str, list[Tensor]]:
-    """Return the labels (test, steps, items) that every reader of a model names after each pass."""
-    steps, parts = _examples(task, settings)
-    windows, wanted = zip(*parts, strict=True)
-    classes = int(wanted[0].max()) + 1
-    generators = (stream(settings.seed, TESTING, EXAMPLES + 2) for _ in wanted)
-    shuffled = (y[torch.randperm(len(y), generator=g)] for y, g in zip(wanted, generators, strict=True))
-    both = [torch.cat(pair, dim=1) for pair in zip(wanted, shuffled, strict=True)]
+def _shares(given: Tensor, right: Tensor) -> list[float | None]:
+    """Return the mean of right (test, steps) for every step, None where nothing was asked."""
+    asked = (given >= 0).any(dim=2).any(dim=0).tolist()
+    return [round(share, 5) if known else None for share, known in zip(right.mean(dim=0).tolist(), asked, strict=True)]
+
+
+def _read(
+    model: SleepLM, task: Task, settings: Settings, windows: list[Tensor], labels: list[Tensor]
+) -> dict[str, list[Tensor]]:
+    """Return the labels (test, steps, items) that every reader of a model names after each pass.
+
+    windows: (b, l) of the examples to fit, to choose and to test; labels: (b, steps, items) of the same.
+    """
+    classes, questions = int(labels[0].max()) + 1, _questions(task)
+    others = (torch.randperm(len(y), generator=stream(settings.seed, TESTING, EXAMPLES + 2)) for y in labels)
+    both = [torch.cat((y, y[other]), dim=1) for y, other in zip(labels, others, strict=True)]
     answers: dict[str, list[Tensor]] = {reader: [] for reader in ("S", "shuffled", "query", "awake")}
-    for S in _asleep(model, windows, settings.passes):
+    for S in zip(*(_after_each_pass(model, part, settings.passes) for part in windows), strict=True):
         flat = [torch.cat([matrix.flatten(1) for matrix in part], dim=1) for part in S]
-        read = read_out(flat, both, classes).split(len(steps), dim=1)
-        named = (*read, *_ask_all(model, S, wanted, steps, _questions(task), classes))
-        for reader, given in zip(answers, named, strict=True):
-            answers[reader].append(given)
+        read = read_out(flat, both, classes).split(len(questions), dim=1)
+        by_query, awake = (torch.full_like(labels[2], -1) for _ in range(2))
+        for position, question in enumerate(questions.values()):
+            if question is None:
+                continue
+            prompt, asked = question
+            awake[:, position] = wake(model, prompt.expand(len(labels[2]), -1), S[2])[:, asked].argmax(dim=-1)
+            reads = [read_by_query(model, prompt, part, asked) for part in S]
+            for item in range(labels[2].shape[2]):
+                wanted = [y[:, position, item, None, None] for y in labels]
+                by_query[:, position, item] = read_out([x[:, item] for x in reads], wanted, classes)[:, 0, 0]
+        for given, named in zip(answers.values(), (*read, by_query, awake), strict=True):
+            given.append(named)
     return answers
+
+
+def _after_each_pass(model: SleepLM, windows: Tensor, passes: int) -> list[FastWeights]:
+    """Return S of all windows (b, l) after pass 1, 2, ... of one sleep."""
+    chunks = []
+    for tokens in windows.split(CHUNK):
+        trace = SleepTrace()
+        sleep(model, tokens, passes=passes, trace=trace)
+        chunks.append(trace.S[0][1:])
+    return [tuple(map(torch.cat, zip(*after, strict=True))) for after in zip(*chunks, strict=True)]
 
 
 def hidden_states(task: Task, episode: Episode) -> tuple[tuple[int, ...], Tensor]:
     """Return steps, and the labels a computation goes through: (b, steps, items) int64; the first are what was read.
 
     A graph: the node k hops after every node, k = 1, 2, ... An automaton: every bit after t = 0, 1, ... steps.
-    Raises ValueError for a task that is neither, or in another form than ``probe`` takes.
+    Raises ValueError for a task that is neither, or in another form than ``probe_model`` takes.
     """
-    _questions(task)
-    if isinstance(task, GraphRetrieval):
-        steps = range(1, task.hops + 1)
-        maps = [task.successors(episode)]
-        for _ in steps[1:]:
-            maps.append(maps[0].gather(1, maps[-1]))
-        return tuple(steps), torch.stack(maps, dim=1)
-    assert isinstance(task, CellularAutomaton)  # there are no other questions
-    steps = range(max(task.steps) + 1)
-    return tuple(steps), space_time(episode.windows[:, 0], task.rule, steps[-1]).long()
+    steps = tuple(_questions(task))
+    if isinstance(task, CellularAutomaton):
+        return steps, space_time(episode.windows[:, 0], task.rule, steps[-1]).long()
+    assert isinstance(task, GraphRetrieval)  # there are no other questions
+    maps = [task.successors(episode)]
+    while len(maps) < len(steps):
+        maps.append(maps[0].gather(1, maps[-1]))
+    return steps, torch.stack(maps, dim=1)
 
 
-def _questions(task: Task) -> dict[int, tuple[Tensor, slice]]:
-    """Return for every step that can be asked: a prompt (p,) about all items in turn, and where it asks for them."""
+def _questions(task: Task) -> dict[int, tuple[Tensor, slice] | None]:
+    """Return for every step a prompt (p,) about all items in turn, and where it asks; None for what cannot be asked."""
     if isinstance(task, GraphRetrieval) and task.name_tokens == task.windows == 1 and not task.shortest:
-        nodes = torch.arange(task.nodes)
-        words = {k: torch.full_like(nodes, task.words.index(f"+{k}")) for k in range(1, task.hops + 1)}
-        return {k: (torch.stack((word, nodes), dim=1).flatten(), slice(1, None, 2)) for k, word in words.items()}
+        nodes, hops = torch.arange(task.nodes), range(1, task.hops + 1)
+        words = (torch.full_like(nodes, task.words.index(f"+{k}")) for k in hops)
+        prompts = (torch.stack((word, nodes), dim=1).flatten() for word in words)
+        return {k: (prompt, slice(1, None, 2)) for k, prompt in zip(hops, prompts, strict=True)}
     if isinstance(task, CellularAutomaton) and task.ask == "every":
-        return {t: (torch.full((task.cells,), task.words.index(f"?{t}")), slice(None)) for t in task.steps}
+        asked = {t: (torch.full((task.cells,), task.words.index(f"?{t}")), slice(None)) for t in task.steps}
+        return {t: asked.get(t) for t in range(max(task.steps) + 1)}
     raise ValueError(
         f"the task {task} has no probe: use a graph with name_tokens=1, windows=1 and shortest=0, "
         "or an automaton with ask='every'"
     )
 
 
-def split(windows: Tensor, content: Tensor, generator: torch.Generator) -> Parts:
+def split(windows: Tensor, content: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the numbers of the examples to fit, choose and test with; every content (b, items) is in one part only.
 
     An example whose window (b, L) occurred before is left out, and so is one to choose or test with whose content did.
     """
-    new = _first_of_each(windows)
-    content = content[new].unique(dim=0, return_inverse=True)[1]
-    place = torch.randperm(int(content.max()) + 1, generator=generator)[content] / (content.max() + 1)
-    first = torch.zeros(len(new), dtype=torch.bool).index_fill(0, _first_of_each(content[:, None]), True)
+    new = torch.from_numpy(np.sort(np.unique(windows.numpy(), axis=0, return_index=True)[1]))
+    kinds, first, which = np.unique(content[new].numpy(), axis=0, return_index=True, return_inverse=True)
+    place = torch.randperm(len(kinds), generator=generator)[which.ravel()] / len(kinds)
+    once = torch.zeros(len(new), dtype=torch.bool)
+    once[first] = True
     chosen, tested = (place >= 5 / 8) & (place < 3 / 4), place >= 3 / 4
-    return new[place < 5 / 8], new[chosen & first], new[tested & first]
-
-
-def _first_of_each(rows: Tensor) -> Tensor:
-    """Return the numbers of the rows (b, items) that no row before them equals, in order."""
-    which = rows.unique(dim=0, return_inverse=True)[1]
-    first = torch.full((int(which.max()) + 1,), len(rows))
-    return first.scatter_reduce(0, which, torch.arange(len(rows)), "amin").sort().values
+    return new[place < 5 / 8], new[chosen & once], new[tested & once]
 
 
 def read_out(features: Iterable[Tensor], labels: Iterable[Tensor], classes: int) -> Tensor:
@@ -325,84 +304,22 @@ def read_out(features: Iterable[Tensor], labels: Iterable[Tensor], classes: int)
 
 
 @torch.no_grad()
-def _asleep(model: SleepLM, windows: Iterable[Tensor], passes: int) -> Iterable[list[FastWeights]]:
-    """Yield, for one pass after the other, S of all windows (b, l): a tuple over layers for each part."""
-    kept: list[list[list[FastWeights]]] = []
-    for part in windows:
-        traces = [SleepTrace() for _ in part.split(CHUNK)]
-        for trace, tokens in zip(traces, part.split(CHUNK), strict=True):
-            sleep(model, tokens, passes=passes, trace=trace)
-            trace.h.clear()
-        kept.append([trace.S[0] for trace in traces])
-    for n in range(1, passes + 1):
-        yield [tuple(torch.cat(layer) for layer in zip(*(S[n] for S in part), strict=True)) for part in kept]
+def read_by_query(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice = slice(None)) -> Tensor:
+    """Return what the queries of a prompt (p,) read from each S, where it asks something: (b, asked, size).
 
-
-def _ask_all(
-    model: SleepLM,
-    S: list[FastWeights],
-    wanted: Parts,
-    steps: tuple[int, ...],
-    questions: dict[int, tuple[Tensor, slice]],
-    classes: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the labels named by a probe of what queries read, and by the model: (test, steps, items), -1 unasked."""
-    by_query, awake = (torch.full_like(wanted[2], -1) for _ in range(2))
-    for position, step in enumerate(steps):
-        if step not in questions:
-            continue
-        prompt, asked = questions[step]
-        awake[:, position] = query(model, prompt, S[2], asked)[0].argmax(dim=-1)
-        found = [_reads(model, prompt, part, asked) for part in S]
-        for item in range(wanted[2].shape[2]):
-            labels = [part[:, position, item, None, None] for part in wanted]
-            read = read_out([reads[:, item] for reads in found], labels, classes)
-            by_query[:, position, item] = read[:, 0, 0]
-    return by_query, awake
-
-
-@torch.no_grad()
-def query(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Wake and put the same prompt (p,) to every S: logits (b, asked, V), and what its queries read, (b, asked, size).
-
-    What is read is S q of all heads and fast-weight layers, S being as given: without what the prompt itself writes.
+    That is S q of all heads and fast-weight layers, S being as given: without what the prompt itself writes.
     """
-    logits, reads = [], []
-
-    def read(block, entering: tuple, left: tuple) -> None:
-        h, S = entering[:2]
-        if S is not None:
-            q = block.mixer.rule_inputs(block.mixer_norm(h), S.dtype)[0][:, :, asked]  # (b, heads, asked, d_k)
-            seen.append(torch.einsum("bhvk,bhpk->bphv", S, q).flatten(2))
-
-    hooks = [block.register_forward_hook(read) for block in model.layers]
-    try:
-        for chunk in zip(*(matrix.split(CHUNK) for matrix in S), strict=True):
-            seen: list[Tensor] = []
-            h, _ = model.blocks(model.embed(prompt.expand(len(chunk[0]), -1)), chunk)
-            logits.append(model.out(h[:, asked]))
-            reads.append(torch.cat(seen, dim=-1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.cat(logits), torch.cat(reads)
-
-
-def _reads(model: SleepLM, prompt: Tensor, S: FastWeights, asked: slice) -> Tensor:
-    """Return what ``query`` says is read, sooner where there is one fast-weight layer: its q does not depend on S."""
-    _, heads, d_v, d_k = S[0].shape
-    if len(S) > 1 or d_v < d_k:
-        return query(model, prompt, S, asked)[1]
-    eye = torch.eye(d_v, d_k, dtype=S[0].dtype).expand(1, heads, d_v, d_k)  # an S that reads q itself
-    q = query(model, prompt, (eye,), asked)[1].unflatten(-1, (heads, d_v))[0, :, :, :d_k]
-    return torch.einsum("bhvk,phk->bphv", S[0], q).flatten(2)
-
-
-def _share_right(given: Tensor, truth: Tensor, whole: bool) -> list[float]:
-    """Return the share of right labels, or of examples with all labels right, for every step; nan where unasked."""
-    right = given == truth
-    shares = (right.all(dim=2) if whole else right.double().mean(dim=2)).double().mean(dim=0)
-    return [round(share, 5) for share in shares.where((given >= 0).any(dim=2).any(dim=0), math.nan).tolist()]
+    h, left, reads = model.embed(prompt[None]), iter(S), []
+    for block in model.layers:
+        before = next(left) if block.has_fast_weights else None
+        if before is not None:
+            q = block.mixer.rule_inputs(block.mixer_norm(h), before.dtype).q[:, :, asked]  # (b, heads, asked, d_k)
+            reads.append(torch.einsum("bhvk,bhpk->bphv", before, q.expand(len(before), -1, -1, -1)).flatten(2))
+            if len(reads) == len(S):
+                break
+            h = h.expand(len(before), -1, -1)  # until here it was the same for every S, and computed once
+        h, _ = block(h, before)
+    return torch.cat(reads, dim=-1)
 
 
 def turns(trace: SleepTrace) -> Tensor:

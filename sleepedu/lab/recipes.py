@@ -1,18 +1,31 @@
-"""How every task is trained in every size: the settings that the stored runs were made with."""
+"""How every task is trained in every size, and the ``Experiment`` that names one such training in words."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
-SIZES = ("smoke", "laptop", "split", "paper")  # split: as laptop, but what is to be joined lies in several windows
+from sleepedu import checks
+from sleepedu.model import CARRIES, ModelConfig
+from sleepedu.tasks import TASKS, Task
+from sleepedu.training import TrainConfig
+
+
+class Kind(NamedTuple):
+    """A kind of model that is compared: what tables call it, given N, what it is, and whether it has an N."""
+
+    label: str
+    description: str
+    sleeps: bool = False
+
+
 MODELS = {
-    "sleep": "the hybrid of attention and fast weights, sleeping N passes on every window",
-    "varied": "the same, trained with N drawn anew for every batch, from 1 to the N that is asked for",
-    "transformer": "attention only, evicting every window: what is left of the past is nothing",
-    "kept": "attention only, evicting nothing: it looks back at everything when it answers",
-    "longer": "the hybrid at N = 1, trained on four times the steps",
-    "deeper": "the hybrid at N = 1, with four times the layers",
+    "sleep": Kind("N={}", "the hybrid of attention and fast weights, sleeping N passes on every window", True),
+    "varied": Kind("N=1 to {}", "the same, trained with N drawn anew for every batch, from 1 to N", True),
+    "transformer": Kind("transformer", "attention only, evicting every window: what is left of the past is nothing"),
+    "kept": Kind("keeps its cache", "attention only, evicting nothing: it looks back at everything when it answers"),
+    "longer": Kind("N=1, 4x steps", "the hybrid at N = 1, trained on four times the steps"),
+    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers"),
 }
 
 
@@ -28,56 +41,125 @@ class Recipe:
 
 
 SMALL = {"layout": "ag", "width": 32, "heads": 2}
+SHORT = {"steps": 300, "batch": 64}
 RING = {"nodes": 8, "hops": 4, "queries": 8}
-ON_RINGS: Mapping[str, Any] = {
-    "model": {"layout": "ag"},
-    "train": {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005},
-}
+ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
-RECIPES: Mapping[tuple[str, str], Recipe] = MappingProxyType(
-    {
-        ("graph", "smoke"): Recipe(
-            task={"nodes": 6, "hops": 3, "queries": 6}, model=SMALL, train={"steps": 300, "batch": 64}
-        ),
-        ("graph", "laptop"): Recipe(task=RING, **ON_RINGS),
-        ("graph", "split"): Recipe(task={**RING, "windows": 2}, **ON_RINGS),
-        ("graph", "paper"): Recipe(
-            task={
-                **{"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3},
-                **{"tested": (1, 2, 4, 8, 16), "name_tokens": 2},
-            },
-            model={"layout": "gaga", "width": 512, "heads": 8},
-            train={"steps": 100_000, "batch": 128, **PAPER},
-        ),
-        ("rule110", "smoke"): Recipe(
-            task={"cells": 6, "steps": (1, 2)}, model={**SMALL, "positions": 6}, train={"steps": 300, "batch": 64}
-        ),
-        ("rule110", "laptop"): Recipe(
-            task={"cells": 12, "steps": (1, 2, 3, 4, 5, 6, 7, 8)},
-            model={"layout": "ag", "positions": 12},
-            train={"steps": 2500, "batch": 64},
-            learning_rates={4: 0.005},
-        ),
-        ("math", "smoke"): Recipe(
-            task={"quantities": 4, "operations": 2}, model=SMALL, train={"steps": 300, "batch": 64}
-        ),
-        ("math", "laptop"): Recipe(
-            task={"quantities": 8, "operations": 4, "digits": 5, "less": False},
-            model={"layout": "ag"},
-            train={"steps": 4500, "batch": 64, "adam_learning_rate": 0.005},
-            carry="inject",
-        ),
-        # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
-        ("math", "paper"): Recipe(
-            task={"quantities": 360, "operations": 8, "ask": "one", "windows": 2, "sums": True, "name_words": 2},
-            model={"layout": "agag", "width": 512, "heads": 8},
-            train={"steps": 20_000, "batch": 256, **PAPER, "learning_rate": 0.001},
-        ),
-        # 512 x 100 tokens a step: 5 billion tokens.
-        ("rule110", "paper"): Recipe(
-            task={"cells": 24, "rows": 4, "steps": (32,), "ask": "first"},
-            model={"layout": "agag", "width": 256, "positions": 24},
-            train={"steps": 97_656, "batch": 512, **PAPER},
-        ),
-    }
-)
+MANY_RINGS = {"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3, "tested": (1, 2, 4, 8, 16)}
+RECIPES = {
+    ("graph", "smoke"): Recipe({"nodes": 6, "hops": 3, "queries": 6}, SMALL, SHORT),
+    ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS),
+    # As laptop, but what is to be joined lies in several windows.
+    ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS),
+    ("graph", "paper"): Recipe(
+        {**MANY_RINGS, "name_tokens": 2},
+        {"layout": "gaga", "width": 512, "heads": 8},
+        {"steps": 100_000, "batch": 128, **PAPER},
+    ),
+    ("rule110", "smoke"): Recipe({"cells": 6, "steps": (1, 2)}, {**SMALL, "positions": 6}, SHORT),
+    ("rule110", "laptop"): Recipe(
+        {"cells": 12, "steps": (1, 2, 3, 4, 5, 6, 7, 8)},
+        {"layout": "ag", "positions": 12},
+        {"steps": 2500, "batch": 64},
+        learning_rates={4: 0.005},
+    ),
+    ("math", "smoke"): Recipe({"quantities": 4, "operations": 2}, SMALL, SHORT),
+    ("math", "laptop"): Recipe(
+        {"quantities": 8, "operations": 4, "digits": 5, "less": False},
+        {"layout": "ag"},
+        {"steps": 4500, "batch": 64, "adam_learning_rate": 0.005},
+        carry="inject",
+    ),
+    # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
+    ("math", "paper"): Recipe(
+        {"quantities": 360, "operations": 8, "ask": "one", "windows": 2, "sums": True, "name_words": 2},
+        {"layout": "agag", "width": 512, "heads": 8},
+        {"steps": 20_000, "batch": 256, **PAPER, "learning_rate": 0.001},
+    ),
+    # 512 x 100 tokens a step: 5 billion tokens.
+    ("rule110", "paper"): Recipe(
+        {"cells": 24, "rows": 4, "steps": (32,), "ask": "first"},
+        {"layout": "agag", "width": 256, "positions": 24},
+        {"steps": 97_656, "batch": 512, **PAPER},
+    ),
+}
+SIZES = tuple(dict.fromkeys(size for _, size in RECIPES))
+
+
+def _setting(default: Any, what: str) -> Any:
+    return field(default=default, metadata={"help": what})
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run in words: task x size x model x N x seed; the command line asks for the same fields.
+
+    Raises ValueError for an unknown name, N < 1, N > 1 for a model that does not sleep, N = 1 for one of varied N, and
+    whatever makes no model or training.
+    """
+
+    task: str = field(metadata={"help": f"one of {', '.join(TASKS)}"})
+    size: str = _setting("laptop", f"one of {', '.join(SIZES)}, if the task has it")
+    model: str = _setting("sleep", f"one of {', '.join(MODELS)}")
+    passes: int = _setting(1, "N, sleep passes over every window; of 'varied' the most, with which it is measured too")
+    seed: int = _setting(0, "of the first weights and of all examples")
+    carry: str = _setting("", f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}")
+    steps: int = _setting(0, "instead of the recipe's")
+    learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
+
+    def __post_init__(self):
+        sizes = [size for task, size in RECIPES if task == self.task]
+        for name, allowed in (("task", TASKS), ("model", MODELS), ("size", sizes)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+        if self.model == "varied" and self.passes == 1:
+            raise ValueError("model 'varied' draws N from 1 to passes: passes must be above 1")
+        if not MODELS[self.model].sleeps and self.passes != 1:
+            raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
+        checks.whole("steps", self.steps, least=0)
+        checks.finite("learning_rate", self.learning_rate)
+        object.__setattr__(self, "carry", self.carry or self.recipe.carry)
+        _ = self.settings  # every wrong value is found at the door
+
+    @property
+    def name(self) -> str:
+        """The run's name, and that of its folder."""
+        parts = [
+            f"{self.task}-{self.size}-{self.model}",
+            f"N{self.passes}" if MODELS[self.model].sleeps else "",
+            self.carry if self.carry != self.recipe.carry else "",
+            f"{self.steps}steps" if self.steps else "",
+            f"lr{self.learning_rate:g}" if self.learning_rate else "",
+            f"seed{self.seed}",
+        ]
+        return "-".join(filter(None, parts))
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.task, self.size]
+
+    def make_task(self) -> Task:
+        return TASKS[self.task](**self.recipe.task)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        layout = self.recipe.model["layout"]
+        others = {"transformer": "a" * len(layout), "kept": "A" * len(layout), "deeper": 4 * layout}
+        made = {"layout": others.get(self.model, layout), "vocabulary": len(self.make_task().words)}
+        return ModelConfig(**{**self.recipe.model, **made, "carry": self.carry})
+
+    @property
+    def train_config(self) -> TrainConfig:
+        settings = {**self.recipe.train, "seed": self.seed}
+        settings["passes"] = (1, self.passes) if self.model == "varied" else self.passes
+        settings["steps"] = (self.steps or settings["steps"]) * (4 if self.model == "longer" else 1)
+        if rate := self.learning_rate or self.recipe.learning_rates.get(self.passes):
+            settings["learning_rate"] = rate
+        return TrainConfig(**settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on besides the machine, as it stands in a stored run."""
+        task, model, train = map(asdict, (self.make_task(), self.model_config, self.train_config))
+        # Tuples become lists, as they do on disk.
+        return json.loads(json.dumps({"task": {"name": self.task, **task}, "model": model, "train": train}))

@@ -1,19 +1,11 @@
 """The table of all stored runs: every task and model, means over seeds with their intervals, and what each cost."""
 
 from collections import defaultdict
+from typing import Any
 
-from sleepedu.evaluation import Table, across_seeds
-from sleepedu.lab.experiments import Run
+from sleepedu.intervals import Table, across_seeds
 from sleepedu.lab.recipes import MODELS
-from sleepedu.tasks import Task
-
-LABELS = {
-    "varied": "N=1 to {}",
-    "transformer": "transformer",
-    "kept": "keeps its cache",
-    "longer": "N=1, 4x steps",
-    "deeper": "N=1, 4x layers",
-}
+from sleepedu.lab.run_store import Run
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
@@ -21,41 +13,51 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 
     Models stand in the order of ``MODELS``, N ascending.
     """
-    order = list(MODELS)
-    together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
 
     def place(run: Run) -> tuple:
         e = run.experiment
-        return order.index(e.model), e.passes, e.carry, e.steps, e.learning_rate, e.seed
+        return e.task, e.size, list(MODELS).index(e.model), e.passes, e.carry, e.steps, e.learning_rate, e.seed
 
+    together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=place):
-        e = run.experiment
-        together[e.task, e.size][label(run)].append(run)
-    return {key: dict(together[key]) for key in sorted(together)}
+        together[run.experiment.task, run.experiment.size][label(run)].append(run)
+    return {key: dict(models) for key, models in together.items()}
 
 
 def label(run: Run) -> str:
     """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
-    words = [LABELS.get(e.model, "N={}").format(e.passes)]
-    if e.carry != e.recipe.carry:
-        words.append(e.carry)
-    if e.steps:
-        words.append(f"{e.steps:,} steps")
-    if e.learning_rate:
-        words.append(f"rate {e.learning_rate:g}")
-    return ", ".join(words)
+    words = [
+        MODELS[e.model].label.format(e.passes),
+        e.carry if e.carry != e.recipe.carry else "",
+        f"{e.steps:,} steps" if e.steps else "",
+        f"rate {e.learning_rate:g}" if e.learning_rate else "",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def aligned(rows: list[dict[str, Any]]) -> list[str]:
+    """Return rows with the same names as the lines of a table: numbers with three digits, of a timing its median."""
+
+    def shown(value: Any) -> str:
+        value = value["ms"] if isinstance(value, dict) else value
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    words = [[str(name) for name in rows[0]], *([shown(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*words, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in words]
 
 
 def lines(runs: list[Run]) -> list[str]:
     """Return the table as text for a terminal: runs that differ in their seed in one line, with all their names."""
     shown = []
-    for (task, size), models in grouped(runs).items():
-        shown += ["", f"{task}, {size}: accuracy by {_task(models).depth_name}"]
-        for group in models.values():
-            by_depth = "  ".join(f"{depth}: {a.accuracy:.3f}" for depth, a in _mean(group).items())
-            name = group[0].name + "".join(f",{run.experiment.seed}" for run in group[1:])
-            shown.append(f"  {name:36s}  {by_depth}")
+    for (name, size), models in grouped(runs).items():
+        rows = []
+        for first, *others in models.values():
+            title = f"{name}, {size}: accuracy by {first.make_task().depth_name}"
+            names = first.name + "".join(f",{run.experiment.seed}" for run in others)
+            rows.append({title: names} | {depth: a.accuracy for depth, a in _mean([first, *others]).items()})
+        shown += ["", *aligned(rows)]
     return shown[1:]
 
 
@@ -63,28 +65,22 @@ def markdown(runs: list[Run]) -> str:
     """Return the table as markdown, one table a task and size, for the book's page of results."""
     parts = []
     for (name, size), models in grouped(runs).items():
-        task = _task(models)
+        task = next(iter(models.values()))[0].make_task()
         tables = {model: _mean(group) for model, group in models.items()}
         depths = list(next(iter(tables.values())))
         rows = [
-            ["model", "seeds", "steps", "million tokens", "minutes", *(str(depth) for depth in depths)],
+            ["model", "seeds", "steps", "million tokens", "minutes", *map(str, depths)],
             [":--"] + ["--:"] * (len(depths) + 4),
         ]
         for model, group in models.items():
-            cost = [run.provenance for run in group]
-            rows.append(
-                [
-                    model,
-                    str(len(group)),
-                    f"{group[0].settings['train']['steps']:,}",
-                    f"{cost[0]['tokens'] / 1e6:.1f}",
-                    _range([made["seconds"] / 60 for made in cost]),
-                    *(
-                        f"{a.accuracy:.3f} <br> <small style='white-space: nowrap'>{a.low:.2f}–{a.high:.2f}</small>"
-                        for a in tables[model].values()
-                    ),
-                ]
-            )
+            steps, tokens = group[0].settings["train"]["steps"], group[0].provenance["tokens"]
+            minutes = sorted(run.provenance["seconds"] / 60 for run in group)
+            spread = dict.fromkeys(f"{m:.1f}" for m in (minutes[0], minutes[-1]))  # one number where both are the same
+            row = [model, str(len(group)), f"{steps:,}", f"{tokens / 1e6:.1f}", "–".join(spread)]
+            for a in tables[model].values():
+                interval = f"<small style='white-space: nowrap'>{a.low:.2f}–{a.high:.2f}</small>"
+                row.append(f"{a.accuracy:.3f} <br> {interval}")
+            rows.append(row)
         constants = [max(table[depth].majority for table in tables.values()) for depth in depths]
         rows.append(["best constant answer", "", "", "", "", *(f"{share:.3f}" for share in constants)])
         if task.floor is not None:
@@ -96,12 +92,3 @@ def markdown(runs: list[Run]) -> str:
 
 def _mean(group: list[Run]) -> Table:
     return across_seeds([run.table for run in group])
-
-
-def _range(minutes: list[float]) -> str:
-    low, high = f"{min(minutes):.1f}", f"{max(minutes):.1f}"
-    return low if low == high else f"{low}–{high}"
-
-
-def _task(models: dict[str, list[Run]]) -> Task:
-    return next(iter(models.values()))[0].make_task()

@@ -22,48 +22,37 @@ from sleepedu import checks
 MOST_FRAMES, MOST_BYTES = 40, 300_000
 
 
-def explore(
-    draw: Callable[[Any, Any], Figure],
-    passes: Sequence[int | str],
-    depths: Sequence[int | str],
-    describe: Callable[[Any, Any], str],
-    names: tuple[str, str] = ("Sleep passes N", "Depth"),
-    new_example: Callable[[int], None] | None = None,
-    seed: int = 0,
-) -> "Explorer":
-    """Return an explorer that shows ``draw(N, depth)`` with ``describe(N, depth)`` in words, for every N and depth.
+@dataclass
+class Explorer:
+    """Two sliders over ``draw(N, depth)`` with ``describe(N, depth)`` in words; as a cell's value it shows itself.
 
     passes, depths: the values of the two sliders, in order, numbers or words. describe: the picture in words, for
     readers who do not see it. new_example: makes the example of a seed the one that draw and describe speak of, or
     raises and leaves the one before; with it, a reader who has a kernel gets a button and a box for the seed.
-    seed: that of the example shown first, which is there already. Raises ValueError for empty sliders, more than 40
-    pictures or 300 kB of them, a seed outside 0..2^32 - 1, or a new_example that cannot be called.
-    """
-    if not passes or not depths:
-        raise ValueError(f"both sliders need a value: got passes {list(passes)} and depths {list(depths)}")
-    if len(passes) * len(depths) > MOST_FRAMES:
-        raise ValueError(f"{len(passes)} x {len(depths)} pictures are too many for a page: {MOST_FRAMES} at most")
-    if new_example is not None and not callable(new_example):
-        raise ValueError(f"new_example must be a function of a seed, or None, got {new_example!r}")
-    checks.seed(seed)
-    return Explorer(draw, describe, tuple(passes), tuple(depths), names, new_example, seed)
-
-
-@dataclass
-class Explorer:
-    """Two sliders over pictures; as a notebook's value it shows itself in whatever way the place allows.
-
-    seed: that of the present example. Frames and page are always those of the present example.
+    seed: that of the present example; the first one is there already. Frames and page are of the present example.
+    Raises ValueError for empty sliders, more than 40 pictures or 300 kB of them, a seed outside 0..2^32 - 1, or a
+    new_example that cannot be called.
     """
 
     draw: Callable[[Any, Any], Figure]
+    passes: Sequence[int | str]
+    depths: Sequence[int | str]
     describe: Callable[[Any, Any], str]
-    passes: tuple[int | str, ...]
-    depths: tuple[int | str, ...]
-    names: tuple[str, str]
+    names: tuple[str, str] = ("Sleep passes N", "Depth")
     new_example: Callable[[int], None] | None = None
     seed: int = 0
-    _frames: dict[tuple[int | str, int | str], bytes] = field(default_factory=dict, repr=False)
+    _frames: dict[tuple[int | str, int | str], bytes] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        self.passes, self.depths = tuple(self.passes), tuple(self.depths)
+        if not self.passes or not self.depths:
+            raise ValueError(f"both sliders need a value: got passes {self.passes} and depths {self.depths}")
+        frames = len(self.passes) * len(self.depths)
+        if frames > MOST_FRAMES:
+            raise ValueError(f"{frames} pictures are too many for a page: {MOST_FRAMES} at most")
+        if self.new_example is not None and not callable(self.new_example):
+            raise ValueError(f"new_example must be a function of a seed, or None, got {self.new_example!r}")
+        checks.seed(self.seed)
 
     def frame(self, n: int | str, depth: int | str) -> bytes:
         """Return the picture for one N and depth as PNG with at most 64 colours."""
@@ -85,7 +74,7 @@ class Explorer:
         """
         sliders = [
             ipywidgets.SelectionSlider(options=values, description=name, style={"description_width": "initial"})
-            for name, values in zip(self.names, (self.passes, self.depths), strict=True)
+            for name, values in self._sliders()
         ]
         seed = ipywidgets.BoundedIntText(self.seed, min=0, max=checks.MOST_SEED, description="Seed")
         button = ipywidgets.Button(description="New example")
@@ -121,40 +110,33 @@ class Explorer:
         if size > MOST_BYTES:
             raise ValueError(f"the pictures take {size} bytes, {MOST_BYTES} at most: draw them smaller or fewer")
         words = [self.describe(*pair) for pair in pairs]
-        key = f"explorer-{uuid.uuid4().hex[:8]}"
-        controls = "".join(
-            _CONTROL.format(
-                id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=html.escape(str(values[0]))
-            )
-            for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True))
-        )
         data = json.dumps({"values": [self.passes, self.depths], "frames": frames, "words": words})
-        return _PAGE.format(
-            id=key,
-            controls=controls,
-            first=frames[0],
-            words=html.escape(words[0], quote=True),
-            data=data.replace("<", "\\u003c"),  # neither a tag nor a comment may begin in a script
-        )
+        data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
+        key = f"explorer-{uuid.uuid4().hex[:8]}"
+        controls = ""
+        for i, (name, values) in enumerate(self._sliders()):
+            first = html.escape(str(values[0]))
+            controls += _CONTROL.format(id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=first)
+        described = html.escape(words[0], quote=True)
+        return _PAGE.format(id=key, controls=controls, first=frames[0], words=described, data=data)
+
+    def _sliders(self) -> list[tuple[str, Sequence[int | str]]]:
+        return list(zip(self.names, (self.passes, self.depths), strict=True))
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
-        return {
-            "text/plain": repr(self),
-            "text/html": self.page(),
-            # Put together here: a widget of ipywidgets 8 would return this, one of 7 only displays itself.
-            "application/vnd.jupyter.widget-view+json": {
-                "version_major": 2,
-                "version_minor": 0,
-                "model_id": self.widget().model_id,
-            },
-        }
+        # Put together here: a widget of ipywidgets 8 would return this, one of 7 only displays itself.
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget().model_id}
+        return {"text/plain": repr(self), "text/html": self.page(), "application/vnd.jupyter.widget-view+json": view}
 
 
-def small_png(figure: Figure, colours: int = 64) -> bytes:
-    """Return a figure as a PNG of at most ``colours`` colours."""
+explore = Explorer  # what a cell says, as a verb
+
+
+def small_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG of at most 64 colours."""
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png")
-    Image.open(raw).convert("RGB").quantize(colours, kmeans=1).save(small, format="png", optimize=True)
+    Image.open(raw).convert("RGB").quantize(64, kmeans=1).save(small, format="png", optimize=True)
     return small.getvalue()
 
 

@@ -18,27 +18,20 @@ UNSCORED = -100  # the target where nothing is asked; what torch's cross-entropy
 
 @dataclass(frozen=True)
 class Episode:
-    """A batch of things to read and then be asked about.
+    """A batch of things to read and then be asked about; raises ValueError for shapes or dtypes that do not fit."""
 
-    windows (b, w, L): slept on one after the other, never scored. prompt (b, p): the prediction window.
-    targets (b, p): the right token at every position that asks something, -100 elsewhere. depth (b, p): how many
-    sequential steps the answer needs (t, k, operations), 0 where nothing is asked or nothing is to be done. All int64.
-    Raises ValueError for shapes that do not fit together, or another kind of number.
-    """
-
-    windows: Tensor
-    prompt: Tensor
-    targets: Tensor
-    depth: Tensor
+    windows: Tensor  # (b, w, L) int64: slept on one after the other, never scored
+    prompt: Tensor  # (b, p) int64: the prediction window
+    targets: Tensor  # (b, p) int64: the right token at every position that asks something, -100 elsewhere
+    depth: Tensor  # (b, p) int64: sequential steps that the answer needs (t, k, operations), 0 where nothing is asked
 
     def __post_init__(self):
         if self.windows.ndim != 3:
             raise ValueError(f"windows must be (batch, windows, length), got {tuple(self.windows.shape)}")
-        for name in ("prompt", "targets", "depth"):
-            shape = tuple(getattr(self, name).shape)
-            if len(shape) != 2 or shape[0] != len(self.windows) or shape != tuple(self.prompt.shape):
-                raise ValueError(f"{name} must be (batch, prompt length) = {tuple(self.prompt.shape)}, got {shape}")
         for name, tensor in vars(self).items():
+            wanted = (len(self.windows), *self.prompt.shape[1:2])
+            if name != "windows" and (len(wanted) < 2 or tuple(tensor.shape) != wanted):
+                raise ValueError(f"{name} must be (batch, prompt length) = {wanted}, got {tuple(tensor.shape)}")
             if tensor.dtype != torch.int64:
                 raise ValueError(f"{name} must be int64, got {tensor.dtype}: use .long()")
 
@@ -131,14 +124,6 @@ class Task(ABC):
         checks.whole("batch", batch, least=1)
         if depth is not None and depth not in self.depths:
             raise ValueError(f"the {self.name} task has no depth {depth}: use one of {list(self.depths)}")
-
-
-def pad_left(tokens: Tensor, length: int, padding: int) -> Tensor:
-    """Return the tokens of every row (b, any) that are no padding, at the right end of a row of ``length``."""
-    kept = tokens != padding
-    text = torch.full((len(tokens), length), padding)
-    text[torch.arange(length) >= length - kept.sum(dim=1, keepdim=True)] = tokens[kept]
-    return text
 
 
 def check_task(task: Task, vocabulary: int) -> None:

@@ -42,7 +42,7 @@ class CellularAutomaton(Task):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
         if self.ask == "every" and self.rows != 1:
             raise ValueError(f"ask 'every' is for a single row, got {self.rows} rows")
-        check_rule(self.rule)
+        checks.whole("rule", self.rule, least=0, most=255)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -71,49 +71,23 @@ class CellularAutomaton(Task):
         if depth is not None:
             choice = torch.full_like(choice, self.steps.index(depth))
         t = torch.tensor(self.steps)[choice]
-        after, state = rows.clone(), rows
+        after = state = rows
         for step in range(1, int(t.max()) + 1):
             state = next_row(state, self.rule)
-            due = t == step
-            if due.all():
-                after = state
-            elif due.any():
-                after[due] = state[due]
+            after = torch.where((t == step)[:, None, None], state, after)
         targets = after[:, 0, :] if self.ask == "every" else after[:, :, 0]
-        prompt = (2 + choice)[:, None].expand(batch, self.prompt_length)
-        return Episode(
-            windows=rows.long(), prompt=prompt.contiguous(), targets=targets.long(), depth=t[:, None].expand_as(prompt)
-        )
-
-    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None):
-        """Draw the space-time diagram of the first row, the bits that are asked for marked, and the answers beneath."""
-        from sleepedu.pictures import figures
-
-        self.check(episode)
-        diagram = space_time(episode.windows[index, 0], self.rule, int(episode.depth[index, 0]))
-        asked = range(self.cells) if self.ask == "every" else [0]
-        given = None
-        if answers is not None:
-            given = answers.tolist() if self.ask == "every" else [int(answers[0])]
-        return figures.space_time(diagram.tolist(), list(asked), given)
-
-
-def check_rule(rule: int) -> None:
-    """Raise ValueError unless rule is one of the 256 elementary rules."""
-    checks.whole("rule", rule, least=0, most=255)
+        prompt = (2 + choice)[:, None].repeat(1, self.prompt_length)
+        return Episode(rows.long(), prompt, targets.long(), depth=t[:, None].expand_as(prompt))
 
 
 def next_row(bits: Tensor, rule: int) -> Tensor:
     """Return the next row of an elementary cellular automaton on a ring: bits (..., cells) of uint8 -> the same."""
-    ring = torch.cat((bits[..., -1:], bits, bits[..., :1]), dim=-1)
-    neighbourhood = ring[..., :-2] * 4  # left, centre and right as a number in 0..7
-    neighbourhood.add_(ring[..., 1:-1], alpha=2).add_(ring[..., 2:])
-    return torch.tensor(rule, dtype=torch.uint8).bitwise_right_shift(neighbourhood).bitwise_and_(1)
+    neighbourhood = 4 * bits.roll(1, dims=-1) + 2 * bits + bits.roll(-1, dims=-1)  # left, centre and right: 0..7
+    return torch.tensor(rule, dtype=torch.uint8) >> neighbourhood & 1
 
 
 def space_time(bits: Tensor, rule: int, steps: int) -> Tensor:
     """Return the row and everything it becomes: bits (..., cells) -> (..., steps + 1, cells) of uint8."""
-    check_rule(rule)
     rows = [bits.to(torch.uint8)]
     for _ in range(steps):
         rows.append(next_row(rows[-1], rule))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sleepedu import checks
-from sleepedu.tasks.base import UNSCORED, Episode, Task, pad_left
+from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.padding import pad_left
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ENDERS = 25  # tokens that end a name, alone or after one of as many that begin it: ids 0..24, and 25..49
@@ -21,19 +22,15 @@ NAMES = ENDERS + ENDERS**2  # how many names of one or two tokens there are
 class GraphRetrieval(Task):
     """A cycle of ``nodes`` nodes as shuffled "from to" pairs over ``windows`` windows, then questions "k a" -> node.
 
-    nodes: n. hops: the largest k asked; k is uniform in 1..hops. queries: questions an example. windows: how many the
-    edges are cut into, wherever the cuts fall. shortest: in training the cycle's length is drawn from shortest..nodes
-    with p(n) ~ 1 / (n + sqrt(nodes)), as in Depo, and shorter cycles are padded on the left; with a depth given, as in
-    every test, all cycles have full length. 0 means full length always. Depth is k. tested: the k that ``depths``
-    tells; () means 1..hops.
-    name_tokens: 1 for nodes that are tokens, 2 for Depo's names of one or two from a vocabulary of 50. The paper does
-    not say how one tells where a name ends. Here its last token does: 25 tokens end
-    a name, alone or after one of the 25 that begin it, so there are 25 names of one token and 625 of two. Every
-    example draws its names anew: of one token for half of its nodes, or for 25 where that is less. A question takes
-    six tokens, "k a1 a2 ? b1 b2", with padding after a name of one; "?" asks for b1, and b1 for b2. No two questions
-    of an example start from the same node while there are others.
-    Raises ValueError for a cycle below 3 nodes or above the number of names, hops outside 1..n-1, edges that do not
-    fill the windows evenly, or other settings outside these.
+    nodes: n. hops: the largest k asked; k is uniform in 1..hops, and the depth. queries: questions an example. windows:
+    how many the edges are cut into, wherever the cuts fall. shortest: where no depth is given, as in training, lengths
+    are drawn from shortest..nodes with p(n) ~ 1 / (n + sqrt(nodes)), as in Depo, and shorter cycles padded on the left;
+    0 means full length always. tested: the k that ``depths`` tells; () means 1..hops. name_tokens: 1 for nodes that are
+    tokens, 2 for Depo's names of one or two out of 50, drawn anew for every example: 25 of them end a name (the paper
+    does not say how one tells), alone for half of the nodes, at most 25. A question then is "k a1 a2 ? b1 b2", with
+    padding after a name of one; "?" asks for b1, and b1 for b2. No two questions of an example start from the same node
+    while there are others. Raises ValueError for a cycle below 3 nodes or above the number of names, hops outside
+    1..n-1, edges that do not fill the windows evenly, or other settings outside these.
     """
 
     nodes: int = 12
@@ -50,20 +47,14 @@ class GraphRetrieval(Task):
 
     def __post_init__(self):
         checks.whole("name_tokens", self.name_tokens, least=1, most=2)
-        checks.whole("nodes", self.nodes, least=3)
-        for name in ("hops", "shortest"):
-            checks.whole(name, getattr(self, name), least=0)
+        checks.whole("nodes", self.nodes, least=3, most=checks.MOST if self.name_tokens == 1 else NAMES)
+        checks.whole(f"hops on a cycle of {self.nodes} nodes", self.hops, least=1, most=self.nodes - 1)
         for name in ("queries", "windows"):
             checks.whole(name, getattr(self, name), least=1)
+        checks.whole("shortest", self.shortest, least=0)
         checks.different("tested", self.tested, least=1)
-        if self.name_tokens == 2 and self.nodes > NAMES:
-            raise ValueError(f"nodes must lie in 3..{NAMES} with names of two tokens, got {self.nodes}")
-        if not 1 <= self.hops < self.nodes:
-            raise ValueError(f"hops must lie in 1..{self.nodes - 1} on a cycle of {self.nodes} nodes, got {self.hops}")
         if self._tokens % self.windows:
-            raise ValueError(
-                f"{self.nodes} edges of {2 * self.name_tokens} tokens do not spread evenly over {self.windows} windows"
-            )
+            raise ValueError(f"{self._tokens} tokens of edges do not spread evenly over {self.windows} windows")
         if self.shortest and not 3 <= self.shortest <= self.nodes:
             raise ValueError(f"shortest must be 0 or lie in 3..{self.nodes}, got {self.shortest}")
         if max(self.tested, default=1) > self.hops:
@@ -75,14 +66,13 @@ class GraphRetrieval(Task):
         hops = tuple(f"+{k}" for k in range(1, self.hops + 1))
         if self.name_tokens == 1:
             return (*self.names, *hops, "_")
-        enders = LETTERS[:ENDERS]
-        return (*enders, *enders.lower(), *hops, "?", "_")
+        return (*LETTERS[:ENDERS], *LETTERS[:ENDERS].lower(), *hops, "?", "_")
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names a node can have: one token each, then (with name_tokens 2) by their first and second token."""
         if self.name_tokens == 1:
-            return tuple(_node_name(node) for node in range(self.nodes))
+            return tuple(f"{LETTERS[node % 26]}{node // 26 or ''}" for node in range(self.nodes))
         enders = LETTERS[:ENDERS]
         return (*enders, *(beginner + ender for beginner in enders.lower() for ender in enders))
 
@@ -112,11 +102,6 @@ class GraphRetrieval(Task):
         """The most tokens the edges can take."""
         return 2 * self.nodes * self.name_tokens
 
-    @property
-    def _scored(self) -> slice:
-        """Where in a question the answer is asked for."""
-        return slice(1, 2) if self.name_tokens == 1 else slice(3, 5)
-
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
         padding, row = len(self.words) - 1, torch.arange(batch)[:, None]
@@ -142,13 +127,10 @@ class GraphRetrieval(Task):
             asked += [torch.full((batch, self.queries, 1), padding - 1), answer]
         prompt = torch.cat(asked, dim=-1)
         targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
-        targets[..., self._scored], depths[..., self._scored] = answer, k[..., None]
-        return Episode(
-            windows=pad_left(edges.flatten(1), self._tokens, padding).view(batch, self.windows, self.window),
-            prompt=prompt.flatten(1),
-            targets=targets.flatten(1),
-            depth=depths.flatten(1),
-        )
+        scored = slice(1, 2) if self.name_tokens == 1 else slice(3, 5)
+        targets[..., scored], depths[..., scored] = answer, k[..., None]
+        windows = pad_left(edges.flatten(1), self._tokens, padding).view(batch, self.windows, self.window)
+        return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
 
     def _lengths(self, batch: int, generator: torch.Generator, depth: int | None) -> Tensor:
         if depth is not None or not self.shortest:
@@ -166,11 +148,9 @@ class GraphRetrieval(Task):
         short = (length // 2).clamp(max=ENDERS)
         shorts = torch.rand(len(length), ENDERS, generator=generator).argsort(dim=1)
         longs = torch.rand(len(length), ENDERS**2, generator=generator).topk(most).indices + ENDERS
-        name = torch.where(
-            place < short,
-            shorts[:, place.clamp(max=ENDERS - 1)],
-            longs.gather(1, (place - short).clamp(0, most - 1)),
-        ).gather(1, shuffled.masked_fill(place >= length, 1.0).argsort(dim=1))
+        longs = longs.gather(1, (place - short).clamp(0, most - 1))
+        name = torch.where(place < short, shorts[:, place.clamp(max=ENDERS - 1)], longs)
+        name = name.gather(1, shuffled.masked_fill(place >= length, 1.0).argsort(dim=1))
         alone = name < ENDERS
         first = torch.where(alone, name, ENDERS + name // ENDERS - 1)
         return torch.stack((first, torch.where(alone, len(self.words) - 1, name % ENDERS)), dim=-1)
@@ -188,29 +168,3 @@ class GraphRetrieval(Task):
         following = torch.full((len(episode), len(self.names)), -1)
         following[row, edges[:, 0]] = edges[:, 1]
         return following
-
-    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None, query: int = 0):
-        """Draw the ring of example ``index`` with the walk of one query, and the answer given where there is one."""
-        from sleepedu.pictures import figures
-
-        self.check(episode)
-        following, names = self.successors(episode)[index].tolist(), list(self.names)
-        prompt, depth = (t[index].reshape(self.queries, -1)[query] for t in (episode.prompt, episode.depth))
-        walk = [names.index(self._spell(prompt[1 : 1 + self.name_tokens]))]
-        for _ in range(int(depth[self._scored.start])):
-            walk.append(following[walk[-1]])
-        answer = None
-        if answers is not None:
-            spelt = self._spell(answers.reshape(self.queries, -1)[query, self._scored])
-            names.append(spelt)  # a model may also answer what is no name
-            answer = names.index(spelt)
-        return figures.ring(following, names, walk, answer)
-
-    def _spell(self, tokens: Tensor) -> str:
-        spelt = "".join(self.words[token] for token in tokens.tolist())
-        return spelt.removesuffix("_") or "_"
-
-
-def _node_name(node: int) -> str:
-    letter = LETTERS[node % 26]
-    return letter if node < 26 else f"{letter}{node // 26}"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sleepedu import checks
-from sleepedu.tasks.base import UNSCORED, Episode, Task, pad_left
+from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.padding import pad_left
 
 COLOURS = (
     *("red", "blue", "green", "gold", "pink", "grey", "black", "white", "brown", "orange", "purple", "violet", "amber"),
@@ -30,6 +31,12 @@ GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
 BITS = 62  # of an int64 that can be set and shifted without touching its sign
 RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, and one step down from 0 is {last}."
 
+_DIAL = r"(\w+(?: \w+)?)"
+SENTENCE = re.compile(rf"{_DIAL} shows(?: (\d))?(?: (more|less) than)?(?: {_DIAL})?(?: plus {_DIAL})? \.")
+
+# What the text says of every dial: its number, "more" or "less", and the dials it refers to; "" and [] for none.
+Facts = dict[str, tuple[str, str, list[str]]]
+
 
 @dataclass(frozen=True)
 class MathReasoning(Task):
@@ -37,15 +44,13 @@ class MathReasoning(Task):
 
     quantities: dials, one sentence each; about a third are given outright ("red shows 4 ."), the others derived
     ("blue shows 3 more than red ."). operations: the most derived dials in a derivation, the asked one included; that
-    number is the depth. ask: "every" for all dials, after the sleep; "one" for a single dial of depth 1 or more, named
-    before the first sentence (the paper's form): all other dials are distractors. With "one" every problem has dials of
-    each depth from 0 (given) to ``operations``; with "every" it goes 1 to ``operations`` deep, as chance has it: so
-    shallow dials abound, with which learning begins. windows: how many windows the text is cut into, padded on the
-    left. sums: whether there are dials that show two others added. name_words: words in a dial's name, 1 or 2. digits:
-    how many a dial has, 2 to 10; with fewer there is less arithmetic to learn, and chance is higher. less: whether
-    dials show less than others, too, or only more.
+    number is the depth. ask: "every" for all dials, after the sleep, where problems go 1 to ``operations`` deep; "one"
+    for a single dial of depth 1 or more, named before the first sentence (the paper's form), where problems have dials
+    of every depth. windows: how many the text is cut into, padded on the left. sums: whether some dials show two others
+    added. name_words: words in a dial's name, 1 or 2. digits: how many a dial has, 2 to 10. less: whether dials show
+    less than others, too, or only more.
     Raises ValueError for fewer than 2 quantities or more than there are names, operations outside 1..quantities - 1
-    (- 2 with sums, which need two given dials), or other settings outside these.
+    (- 2 and fewer than 3 with sums, which need two given dials), or other settings outside these.
     """
 
     quantities: int = 8
@@ -63,17 +68,13 @@ class MathReasoning(Task):
 
     def __post_init__(self):
         checks.whole("name_words", self.name_words, least=1, most=2)
-        names = len(COLOURS) if self.name_words == 1 else PAIRED * len(PLACES)
-        checks.whole(f"quantities with name_words {self.name_words}", self.quantities, least=2, most=names)
-        most = self.quantities - 1
-        checks.whole(f"operations on {self.quantities} quantities", self.operations, least=1, most=most)
         for name in ("sums", "less"):
             checks.flag(name, getattr(self, name))
-        if self.sums and self.operations > self.quantities - 2:
-            raise ValueError(
-                f"sums need two given dials: {self.operations} operations take {self.operations + 2} quantities, "
-                f"got {self.quantities}"
-            )
+        names = len(COLOURS) if self.name_words == 1 else PAIRED * len(PLACES)
+        given = 2 if self.sums else 1  # at least: a sum is of two dials
+        checks.whole(f"quantities with name_words {self.name_words}", self.quantities, least=given + 1, most=names)
+        most = self.quantities - given
+        checks.whole(f"operations on {self.quantities} quantities", self.operations, least=1, most=most)
         if self.ask not in ("every", "one"):
             raise ValueError(f"ask {self.ask!r} is unknown: use 'every' or 'one'")
         checks.whole("digits", self.digits, least=2, most=10)
@@ -114,8 +115,7 @@ class MathReasoning(Task):
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
         graph = _Graph(self, batch, generator, depth)
-        row = torch.arange(batch)[:, None]
-        names = self._names(batch, generator)
+        row, names = torch.arange(batch)[:, None], self._names(batch, generator)
         sentences = self._sentences(graph, names)[row, _shuffled(batch, self.quantities, generator)].flatten(1)
         if self.ask == "every":
             order = _shuffled(batch, self.quantities, generator)
@@ -123,23 +123,20 @@ class MathReasoning(Task):
             if depth is not None:
                 digit = digit.masked_fill(operations != depth, UNSCORED)
                 operations = operations.where(operations == depth, 0)
-            mark = torch.full((batch, self.quantities, 1), self._id("?"))
+            mark = torch.full((batch, self.quantities, 1), self.words.index("?"))
             prompt = torch.cat((mark, names[row, order]), dim=-1)
             targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
             targets[..., -1], depths[..., -1] = digit, operations
-            prompt, targets, depths = prompt.flatten(1), targets.flatten(1), depths.flatten(1)
         else:
             low, high = (1, self.operations) if depth is None else (depth, depth)
             depths = torch.randint(low, high + 1, (batch, 1), generator=generator)
             asked = graph.any_of(depths)
-            targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self._id("="))
+            targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self.words.index("="))
             before, after = (torch.tensor(self.encode(words)).expand(batch, -1) for words in ("what does", "show ?"))
             sentences = torch.cat((before, names[row, asked].flatten(1), after, sentences), dim=1)
-        text = pad_left(sentences, self.windows * self.window, self._id("_"))
-        return Episode(text.view(batch, self.windows, self.window), prompt, targets, depths)
-
-    def _id(self, word: str) -> int:
-        return self.words.index(word)
+        text = pad_left(sentences, self.windows * self.window, self.words.index("_"))
+        windows = text.view(batch, self.windows, self.window)
+        return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
 
     def _names(self, batch: int, generator: torch.Generator) -> Tensor:
         """Return the tokens of every dial's name, (b, q, name_words): all different, drawn afresh each time."""
@@ -153,8 +150,8 @@ class MathReasoning(Task):
         row = torch.arange(len(names))[:, None]
 
         def only(where: Tensor, tokens: Tensor | str) -> Tensor:
-            tokens = torch.tensor(self._id(tokens)) if isinstance(tokens, str) else tokens
-            return torch.where(where[..., None], tokens, self._id("_"))
+            tokens = torch.tensor(self.words.index(tokens)) if isinstance(tokens, str) else tokens
+            return torch.where(where[..., None], tokens, self.words.index("_"))
 
         form = graph.form
         always, step, plus = form >= 0, (form == MORE) | (form == LESS), form == PLUS
@@ -169,88 +166,62 @@ class MathReasoning(Task):
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text: lower-cased words and punctuation. Raises ValueError for a word not in words."""
         ids = {word: token for token, word in enumerate(self.words)}
-        tokens = []
-        for word in re.findall(r"\w+|[^\w\s]", text.lower()):
-            if word not in ids:
-                raise ValueError(f"the {self.name} task has no word {word!r}: it knows {' '.join(self.words)}")
-            tokens.append(ids[word])
-        return tokens
+        try:
+            return [ids[word] for word in re.findall(r"\w+|[^\w\s]", text.lower())]
+        except KeyError as word:
+            raise ValueError(f"the {self.name} task has no word {word}: it knows {' '.join(self.words)}") from None
 
     def problem(self, episode: Episode, index: int = 0) -> str:
         """Return one example in English, for any language model or person: the rule, the question, the sentences."""
-        asked = list(self._asked(episode, index))
+        asked = list(self.asked_dials(episode, index))
         several = ", ".join(asked[:-1]) + " and " + asked[-1]
         question = f"What does {asked[0]} show?" if len(asked) == 1 else f"What do {several} show?"
-        facts = [f"{name} shows {' '.join(fact)}." for name, fact in self._facts(episode, index).items()]
-        return "\n".join([RULE.format(last=self.digits - 1), "", question, *(fact.capitalize() for fact in facts)])
+        sentences = self._plain(episode, index).split("? ")[-1].removesuffix(" .").split(" . ")
+        return "\n".join([RULE.format(last=self.digits - 1), "", question, *(f"{s.capitalize()}." for s in sentences)])
 
     def derivation(self, episode: Episode, index: int, name: str) -> list[str]:
         """Return how a dial's digit is worked out, a line for every dial that it takes, its own last.
 
         Raises ValueError for a name that is not in the problem.
         """
-        return [line for _, line in self._steps(self._facts(episode, index), name.lower()).values()]
+        facts = self.facts(episode, index)
+        if name.lower() not in facts:
+            raise ValueError(f"the problem has no dial {name.lower()!r}: it has {', '.join(facts)}")
+        return [line for _, line in derive(facts, name.lower(), self.digits).values()]
 
-    def draw(self, episode: Episode, index: int = 0, answers: Tensor | None = None):
-        """Draw what depends on what, by number of operations, answers that are wrong marked.
+    def facts(self, episode: Episode, index: int = 0) -> Facts:
+        """Return what the text says of every dial, in its order."""
+        found = SENTENCE.findall(self._plain(episode, index))
+        return {name: (number, form, list(filter(None, sources))) for name, number, form, *sources in found}
 
-        When one dial is asked, only what its answer takes is drawn.
-        """
-        from sleepedu.pictures import figures
-
-        self.check(episode)
-        facts, asked = self._facts(episode, index), self._asked(episode, index)
-        shown = facts if self.ask == "every" else self._steps(facts, *asked)
-        shows, column, arrows = {}, {}, {}
-        for dial in shown:
-            steps = self._steps(facts, dial)
-            shows[dial], column[dial] = str(steps[dial][0]), sum(len(facts[name]) > 1 for name in steps)
-            sign = {"more": "+", "less": "−"}.get(_form(facts[dial]))
-            arrows[dial] = dict.fromkeys(_sources(facts[dial]), f"{sign}{facts[dial][0]}" if sign else "+")
-        given = None if answers is None else {dial: self.words[int(answers[i])] for dial, i in asked.items()}
-        return figures.dependencies(shows, column, arrows, list(asked), given)
-
-    def _asked(self, episode: Episode, index: int) -> dict[str, int]:
+    def asked_dials(self, episode: Episode, index: int = 0) -> dict[str, int]:
         """Return every dial with a target, and its position in the prompt."""
         if self.ask == "one":
-            text = self._plain(episode, index)
+            text = self._plain(episode, index).split()
             return {" ".join(text[2 : 2 + self.name_words]): 0}
         prompt = [self.words[token] for token in episode.prompt[index].tolist()]
         positions = episode.asked[index].nonzero().flatten().tolist()
         return {" ".join(prompt[i + 1 - self.name_words : i + 1]): i for i in positions}
 
-    def _plain(self, episode: Episode, index: int) -> list[str]:
+    def _plain(self, episode: Episode, index: int) -> str:
         words = (self.words[token] for token in episode.windows[index].flatten().tolist())
-        return [word for word in words if word != "_"]
+        return " ".join(word for word in words if word != "_")
 
-    def _facts(self, episode: Episode, index: int) -> dict[str, list[str]]:
-        """Return what the text says of every dial, in its order: {"red": ["3", "more", "than", "blue"], ...}."""
-        text = self._plain(episode, index)
-        if self.ask == "one":
-            text = text[text.index("?") + 1 :]
-        sentences = [sentence.split() for sentence in " ".join(text).split(".")[:-1]]
-        return {" ".join(s[: self.name_words]): s[self.name_words + 1 :] for s in sentences}
 
-    def _steps(self, facts: dict[str, list[str]], name: str) -> dict[str, tuple[int, str]]:
-        """Return the digit and the worked line of a dial and of every dial it takes, those it depends on first."""
-        if name not in facts:
-            raise ValueError(f"the problem has no dial {name!r}: it has {', '.join(facts)}")
-        fact = facts[name]
-        steps: dict[str, tuple[int, str]] = {}
-        for source in _sources(fact):
-            steps |= self._steps(facts, source)
-        numbers = [steps[source][0] for source in _sources(fact)]
-        if _form(fact) != "plus":
-            numbers.append(int(fact[0]))
-        total = numbers[0]
-        line = f"{name} shows {total}"
-        if len(numbers) == 2:
-            less = _form(fact) == "less"
-            total += -numbers[1] if less else numbers[1]
-            line += f" {'-' if less else '+'} {numbers[1]} = {total}"
-        if total not in range(self.digits):
-            line += f", on the dial {total % self.digits}"
-        return steps | {name: (total % self.digits, line)}
+def derive(facts: Facts, name: str, digits: int) -> dict[str, tuple[int, str]]:
+    """Return the digit and the worked line of a dial and of every dial it takes, those it depends on first."""
+    number, form, sources = facts[name]
+    steps: dict[str, tuple[int, str]] = {}
+    for source in sources:
+        steps |= derive(facts, source, digits)
+    terms = [steps[source][0] for source in sources] + [int(digit) for digit in number]
+    total = terms[0] - terms[1] if form == "less" else sum(terms)
+    line = f"{name} shows {terms[0]}"
+    if sources:
+        line += f" {'-' if form == 'less' else '+'} {terms[1]} = {total}"
+    if total not in range(digits):
+        line += f", on the dial {total % digits}"
+    return steps | {name: (total % digits, line)}
 
 
 class _Graph:
@@ -265,17 +236,15 @@ class _Graph:
         shape, levels = (batch, task.quantities), torch.arange(task.operations + 1)
         shallowest = task.operations if task.ask == "one" else depth or 1
         deepest = torch.randint(shallowest, task.operations + 1, (batch, 1), generator=generator)
-        others = torch.rand(batch, task.quantities - task.given - task.operations, generator=generator)
-        others = 1 + (others * deepest).long()
+        others = torch.rand(batch, task.quantities - task.given - task.operations, generator=generator) * deepest
         certain = torch.cat((torch.zeros(task.given, dtype=torch.long), levels[1:])).minimum(deepest)
-        self.operations = torch.cat((certain, others), dim=1).sort(dim=1).values
+        self.operations = torch.cat((certain, 1 + others.long()), dim=1).sort(dim=1).values
         levels = levels.expand(batch, -1).contiguous()
         self.start = torch.searchsorted(self.operations, levels)
         self.stop = torch.searchsorted(self.operations, levels, right=True)
 
-        derived = self.operations > 0
         self.number = torch.randint(task.digits, shape, generator=generator)
-        self.form = torch.randint(MORE, LESS + task.less, shape, generator=generator).where(derived, GIVEN)
+        self.form = torch.randint(MORE, LESS + task.less, shape, generator=generator).where(self.operations > 0, GIVEN)
         self.first = self.any_of((self.operations - 1).clamp(min=0))
         if task.sums:
             self._add_sums(task)
@@ -297,8 +266,7 @@ class _Graph:
         row = torch.arange(batch)[:, None]
         split = (torch.rand(batch, quantities, generator=self.generator) * self.operations).long()
         one, other = self.any_of(split), self.any_of((self.operations - 1 - split).clamp(min=0))
-        wanted = torch.rand(batch, quantities, generator=self.generator) < 0.5
-        self.second = other
+        self.second, wanted = other, torch.rand(batch, quantities, generator=self.generator) < 0.5
         # The given dials behind each dial, a bit for each: as bools they would take most of the time.
         given = torch.arange(task.given)
         behind = torch.zeros(batch, quantities, -(-task.given // BITS), dtype=torch.long)
@@ -316,41 +284,25 @@ def _shuffled(batch: int, length: int, generator: torch.Generator) -> Tensor:
     return torch.rand(batch, length, generator=generator).argsort(dim=1)
 
 
-def _form(fact: list[str]) -> str:
-    """Return the word that says what a fact does, "" for a given dial."""
-    return next((word for word in fact if word in ("more", "less", "plus")), "")
-
-
-def _sources(fact: list[str]) -> list[str]:
-    """Return the names of the dials that a fact refers to."""
-    if _form(fact) == "plus":
-        place = fact.index("plus")
-        return [" ".join(fact[:place]), " ".join(fact[place + 1 :])]
-    return [" ".join(fact[3:])] if len(fact) > 1 else []
-
-
-def best_constant(task: MathReasoning, episode: Episode) -> Tensor:
-    """Guess for every question the digit that is most often right: (b, p)."""
+def _best_constant(task: MathReasoning, episode: Episode) -> Tensor:
     counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=task.digits)
     return counts.argmax().expand_as(episode.targets)
 
 
-def most_frequent_number(task: MathReasoning, episode: Episode) -> Tensor:
-    """Guess the number that occurs most often in the text: (b, p)."""
+def _most_frequent_number(task: MathReasoning, episode: Episode) -> Tensor:
     text = episode.windows.flatten(1)
     counts = torch.stack([(text == digit).sum(dim=1) for digit in range(task.digits)], dim=1)
     return counts.argmax(dim=1, keepdim=True).expand_as(episode.targets)
 
 
-def last_number(task: MathReasoning, episode: Episode) -> Tensor:
-    """Guess the last number in the text: (b, p)."""
+def _last_number(task: MathReasoning, episode: Episode) -> Tensor:
     text = episode.windows.flatten(1)
     place = torch.where(text < task.digits, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
     return text.gather(1, place).expand_as(episode.targets)
 
 
-GUESSERS: dict[str, Callable[[MathReasoning, Episode], Tensor]] = {
-    "the best constant answer": best_constant,
-    "the most frequent number in the text": most_frequent_number,
-    "the last number in the text": last_number,
+GUESSERS: dict[str, Callable[[MathReasoning, Episode], Tensor]] = {  # what each answers to every question, (b, p)
+    "the best constant answer": _best_constant,
+    "the most frequent number in the text": _most_frequent_number,
+    "the last number in the text": _last_number,
 }

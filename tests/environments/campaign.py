@@ -51,16 +51,23 @@ def summary(output: str) -> str:
     return ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|deselected|errors?)", last)) or last
 
 
-def build_wheel() -> None:
-    """Build the library's wheel, from a copy, since a build leaves a folder beside what it builds."""
+def copy_source() -> Path:
+    """Copy what goes into a package, since a build leaves folders beside what it builds; return where."""
     copy = FOLDER / "source"
-    for old in (*FOLDER.glob("sleepedu-*.whl"), copy):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    shutil.rmtree(copy, ignore_errors=True)
     for part in ("sleepedu", "book/runs"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, copy)
-    run("all", "wheel", sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", FOLDER, copy)
+    return copy
+
+
+def build_wheel() -> None:
+    """Build the library's wheel."""
+    for old in FOLDER.glob("sleepedu-*.whl"):
+        old.unlink()
+    pip = (sys.executable, "-m", "pip")
+    run("all", "wheel", *pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", FOLDER, copy_source())
 
 
 def install_as_on_colab(name: str, python: Path) -> None:

@@ -1,0 +1,235 @@
+"""The run store: how a finished run is saved, found again, loaded and checked.
+
+A run is a folder with two files. ``run.json`` has the experiment, its settings, the accuracy by depth, the history and
+the provenance, with a checksum of all that and one of ``weights.pt``; ``load_run`` takes nothing that does not fit.
+"""
+
+import json
+import platform
+import re
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from sleepedu import files
+from sleepedu.checkpoint import Checkpoint
+from sleepedu.fast import cpp_is_available
+from sleepedu.intervals import Accuracy, Table
+from sleepedu.lab.recipes import Experiment
+from sleepedu.model import ModelConfig, SleepLM, parameter_count
+from sleepedu.tasks import TASKS, Task
+from sleepedu.training import History
+
+VERSION = 1  # of the run format; a run of another version is refused
+PACKAGE = Path(__file__).resolve().parent.parent
+# An installed package brings the runs along; in a checkout they lie with the book.
+COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
+OWN = Path("own_runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its experiment, history, accuracy by depth, and where and how it was made.
+
+    settings: those it was trained with, which today's recipe need no longer give. weights: the SHA-256 of weights.pt,
+    "" for a run stored without.
+    """
+
+    path: Path
+    experiment: Experiment
+    settings: dict[str, Any]
+    history: History
+    table: Table
+    provenance: dict[str, Any]
+    weights: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def make_task(self) -> Task:
+        """Return the task as it was trained on."""
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in self.settings["task"].items()}
+        return TASKS[settings.pop("name")](**settings)
+
+    def load_model(self, device: str = "cpu") -> SleepLM:
+        """Return the trained model.
+
+        Raises FileNotFoundError or ValueError for missing or broken weights, ValueError for a device that is unknown
+        or not there.
+        """
+        file = self.path / "weights.pt"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
+        content = file.read_bytes()
+        if files.checksum(content) != self.weights:
+            raise ValueError(
+                f"{file} does not hold this run's weights, those with the checksum in run.json: "
+                f"delete {self.path} and train it again"
+            )
+        model = SleepLM(ModelConfig(**self.settings["model"]))
+        model.load_state_dict(files.unpack(content))
+        return model.to(find_device(device)).eval()
+
+    def row(self) -> dict[str, Any]:
+        """Return the run as one row of ``results``."""
+        e = self.experiment
+        return {
+            "run": self.name,
+            **{name: getattr(e, name) for name in ("task", "model", "passes", "size", "seed", "carry")},
+            "steps": self.settings["train"]["steps"],
+            **{name: self.provenance[name] for name in ("tokens", "seconds", "device")},
+            "majority": round(sum(a.majority for a in self.table.values()) / len(self.table), 5),
+            "depths": plain_table(self.table),
+        }
+
+
+def load_run(run: Path | str) -> Run:
+    """Return a finished run, named by its folder or, for a stored one, by its name alone.
+
+    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken, changed or of
+    another version.
+    """
+    path = next((path for path in (Path(run), COMMITTED / run, OWN / run) if path.exists()), None)
+    if path is None or not path.is_dir():
+        raise FileNotFoundError(f"there is no run {str(run)!r}: `python -m sleepedu results` lists those there are")
+    file = path / "run.json"
+    if not file.exists():
+        interrupted = (path / Checkpoint.FILE).exists()
+        more = "; training was interrupted, the same command resumes it" if interrupted else ""
+        raise FileNotFoundError(f"{path} holds no finished run (no run.json{more})")
+    content = file.read_bytes()
+    try:
+        stored = json.loads(content)
+        stated = stored.pop("checksum", None)
+        if stored["version"] != VERSION:
+            refusal = f"is of version {stored['version']}, this library reads version {VERSION}"
+        elif json_checksum(stored) != stated or fingerprint(stored["settings"]) != stored["fingerprint"]:
+            refusal = "was changed: it does not have the checksum it states"
+        else:
+            found = Run(
+                path=path,
+                experiment=Experiment(**stored["experiment"]),
+                settings=stored["settings"],
+                history=History(**stored["history"]),
+                table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+                provenance=stored["provenance"],
+                weights=stored.get("weights", ""),
+            )
+            found.make_task()
+            ModelConfig(**found.settings["model"])
+            return found
+    except Exception as error:  # broken bytes lead anywhere
+        refusal = f"is broken ({type(error).__name__}: {files.first_line(error)}): delete {path} and train it again"
+    raise ValueError(f"{file} {refusal}")
+
+
+def stored_runs(directory: Path | str | None = None) -> list[Run]:
+    """Return every finished run of a store, by name; of the committed store when no directory is given.
+
+    Raises FileNotFoundError for a directory that is not there, and what ``load_run`` raises.
+    """
+    store = COMMITTED if directory is None else Path(directory)
+    if directory is not None and not store.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(store)!r} to list runs from")
+    return [load_run(file.parent) for file in sorted(store.glob("*/run.json"))]
+
+
+def save_run(
+    path: Path, experiment: Experiment, model: SleepLM, history: History, table: Table, made: dict[str, Any]
+) -> Run:
+    """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says.
+
+    Raises OSError when it cannot be written.
+    """
+    weights = files.pack(model.state_dict())
+    provenance = machine(model.head.weight.device) | {
+        "seconds": history.seconds[-1],
+        "tokens": history.step[-1] * history.tokens_per_step,
+        "parameters": parameter_count(model.parameters()),
+    }
+    stored = {
+        "version": VERSION,
+        "fingerprint": fingerprint(experiment.settings),
+        "weights": files.checksum(weights),
+        "experiment": asdict(experiment),
+        "settings": experiment.settings,
+        "table": plain_table(table),
+        "provenance": provenance | made,
+        "history": asdict(history),
+    }
+    files.write(path / "weights.pt", weights)
+    files.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
+    return load_run(path)
+
+
+def plain_table(table: Table) -> dict[str, dict[str, Any]]:
+    """Return an accuracy by depth as it stands in JSON."""
+    return {str(depth): asdict(accuracy) for depth, accuracy in table.items()}
+
+
+def json_checksum(value: Any) -> str:
+    """Return the SHA-256 of what stands in JSON, however it is laid out there."""
+    return files.checksum(json.dumps(value, sort_keys=True).encode())
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Return what tells the settings of one experiment from those of all others."""
+    return json_checksum(settings)[:16]
+
+
+def readable_json(value: Any) -> str:
+    """Return JSON in which a list of numbers is one line, however long."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    # No line ends inside a string, so a bracket at the end of one begins a list.
+    return re.sub(r"\[\n[^\[\]{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n"
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device "cpu", "cuda" or "auto" (CUDA where there is one). Raises ValueError when it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device here: use cpu or auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a measurement has to say about where and when it was made: machine, versions, commit, time."""
+    return {
+        "device": device.type,
+        "processor": _processor(device),
+        "threads": torch.get_num_threads(),
+        "kernel": device.type == "cpu" and cpp_is_available(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "commit": _commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+        return next(line.split(":", 1)[1].strip() for line in described.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Return the commit the library stands at, "" outside a checkout of its own."""
+    command = ["git", "rev-parse", "HEAD", "--show-cdup"]
+    try:
+        done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or no answer in time
+        return ""
+    commit, *up = done.stdout.split()
+    return "" if up else commit  # an installed package may lie inside the checkout of another project
