@@ -1,6 +1,6 @@
-# Two commands: `make book` and `make test`. `make soak` looks for what breaks, `make environments` tries other versions of
-# what is needed, `make wheel` builds what is released. The first three set up .venv, once, and again when requirements.txt
-# changes.
+# Two commands: `make book` and `make test`. `make soak` looks for what breaks, `make environments` tries other versions
+# of what is needed, `make wheel` builds what is released. The first three set up .venv, once, and again when
+# requirements.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.

@@ -35,11 +35,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
     "--seed": {"type": int, "help": "of the examples; another than the run's own"},
     "--threads": {"type": int, "default": 1, "help": "of the CPU; more are slower on a busy machine"},
-    "--to": {
-        "type": Path,
-        "default": live_model.FOLDER,
-        "help": f"folder to write to; {live_model.FOLDER} when absent",
-    },
+    "--to": {"type": Path, "default": live_model.FOLDER, "help": f"folder to write to, instead of {live_model.FOLDER}"},
 }
 
 
@@ -47,9 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        threads = getattr(options, "threads", 1)
-        checks.whole("threads", threads, least=1, most=1024)
-        torch.set_num_threads(threads)
+        checks.whole("threads", options.threads, least=1, most=1024)
+        torch.set_num_threads(options.threads)
         code = options.command(options) or 0
         sys.stdout.flush()
         return code
@@ -109,8 +104,15 @@ def probe(options: argparse.Namespace) -> None:
     settings = _chosen(probes.Settings, options)
     runs = [run_store.load_run(run) for run in options.run]  # all of them are looked for before one is probed
     found = [probes.probe_run(run, settings, options.runs) for run in runs]
-    lines = "\n\n".join("\n".join(one.lines()) for one in found)
-    print(f"[{','.join(one.json() for one in found)}]" if options.json else lines)
+    if options.json:
+        print(f"[{','.join(one.json() for one in found)}]")
+        return
+    for one in found:
+        print(f"{one.run}, examples: {', '.join(f'{count:,} to {part}' for part, count in one.examples.items())}")
+        for what, shares in (("labels right", one.each), ("whole examples right", one.whole)):
+            passes = [(reader, n, row) for reader, rows in shares.items() for n, row in enumerate(rows, start=1)]
+            rows = [{what: f"{reader}, pass {n}"} | dict(zip(one.steps, row, strict=True)) for reader, n, row in passes]
+            print("\n".join(["", *tables.aligned(rows)]))
 
 
 def results(options: argparse.Namespace) -> None:
@@ -175,6 +177,7 @@ def _chosen(settings: type, options: argparse.Namespace) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m sleepedu", description="Train and measure language models that sleep.")
+    parser.set_defaults(threads=1)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function: Callable, what: str, *names: str, run: Any = 0, settings: Any = None, **defaults: Any) -> None:
@@ -185,11 +188,10 @@ def _parser() -> argparse.ArgumentParser:
         for name in names:
             command.add_argument(name, **ARGUMENTS[name])
         for field in fields(settings) if settings else ():
-            given: dict[str, Any] = {"type": field.type, "help": field.metadata["help"]}
-            if field.default is MISSING:
-                command.add_argument(field.name, **given)
-            else:
-                command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **given)
+            flag, default = f"--{field.name.replace('_', '-')}", field.default
+            if default is MISSING:  # it has to be given, by its place
+                flag, default = field.name, None
+            command.add_argument(flag, type=field.type, default=default, help=field.metadata["help"])
         command.set_defaults(command=function, **defaults)
 
     here = ("--device", "--threads")

@@ -5,16 +5,20 @@ import signal
 import threading
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from sleepedu import files
 from sleepedu.tasks.base import Task
 from sleepedu.training import TrainConfig, TrainingState, rank_and_ranks
 
 SAVE_EVERY = 20.0  # seconds of training between two saves
+PLAIN = ("sums", "counted", "step", "seconds")  # of a TrainingState, what is stored as it is
 
 
 class Checkpoint:
@@ -31,36 +35,11 @@ class Checkpoint:
     def __init__(self, directory: Path | str):
         self.path = Path(directory) / self.FILE
 
-    def __enter__(self) -> "Checkpoint":
+    @contextmanager
+    def running(self, state: TrainingState, task: Task, config: TrainConfig) -> Iterator[None]:
+        """Bring a run to where it stood, if the folder has it, and have the folder to itself meanwhile."""
         rank, ranks = rank_and_ranks()
         self._saved = time.perf_counter()
-        self._signal = 0  # the one that came
-        self._handlers: dict[int, Any] = {}  # of the signals that are held back
-        self._stack = ExitStack()
-        if rank == 0:
-            self._stack.enter_context(files.sole_use(self.path.parent))
-        if ranks == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._hold)
-            self._stack.callback(self._release)
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
-        self._stack.close()
-        if self._signal and error is None:
-            signal.raise_signal(self._signal)
-
-    def _hold(self, number: int, frame: object) -> None:
-        self._signal = number
-        self._release()
-
-    def _release(self) -> None:
-        while self._handlers:
-            number, handler = self._handlers.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def load(self, state: TrainingState, task: Task, config: TrainConfig) -> None:
-        """Bring a run to where it stood, if the folder has it."""
         settings = {
             "name": task.name,
             "task": asdict(task),
@@ -68,12 +47,25 @@ class Checkpoint:
             "train": asdict(config),
         }
         self._settings = json.dumps(settings, sort_keys=True)
-        if not self.path.exists():
+        with (
+            files.sole_use(self.path.parent) if rank == 0 else nullcontext(),
+            held_signals() if ranks == 1 else nullcontext([]) as self._signals,
+        ):
+            self._load(state)
+            yield
+        if self._signals:
+            signal.raise_signal(self._signals[0])
+
+    def _load(self, state: TrainingState) -> None:
+        rank, ranks = rank_and_ranks()
+        content: list[Any] = [self.path.read_bytes() if rank == 0 and self.path.exists() else None]
+        if ranks > 1:  # the others may be on machines that have no such file
+            dist.broadcast_object_list(content)
+        if content[0] is None:
             return
-        content = self.path.read_bytes()
         try:
-            stored = files.unpack(content)
-            other = stored.pop("settings") != self._settings
+            stored = files.unpack(content[0])
+            other = stored["settings"] != self._settings
             if not other:
                 restore(state, stored)
         except Exception as error:  # torch raises whatever broken bytes lead it to
@@ -88,24 +80,43 @@ class Checkpoint:
         rank, ranks = rank_and_ranks()
         if rank or (ranks > 1 and state.counted):  # several ranks have sums of their own between two history entries
             return
-        if self._signal or (time.perf_counter() - self._saved > SAVE_EVERY and state.step < config.steps):
-            self._save(state)
-        if self._signal:
-            number, self._signal = self._signal, 0  # whoever handles it may want to go on
-            signal.raise_signal(number)
-
-    def _save(self, state: TrainingState) -> None:
-        if state.sums.isfinite().all():  # else the run is about to fail, and what was good stays
+        late = time.perf_counter() - self._saved > SAVE_EVERY and state.step < config.steps
+        if (late or self._signals) and state.sums.isfinite().all():  # else the run fails, and what was good stays
             try:
                 files.write(self.path, files.pack({"settings": self._settings, **contents(state)}))
             except OSError as error:
-                warnings.warn(f"{error}; training goes on and tries again", stacklevel=4)
-        self._saved = time.perf_counter()
+                warnings.warn(f"{error}; training goes on and tries again", stacklevel=3)
+            self._saved = time.perf_counter()
+        if self._signals:
+            signal.raise_signal(self._signals.pop())  # whoever handles it may want to go on
 
     def remove(self) -> None:
         """Delete the file of a finished run, and what a kill in the middle of a save has left of the next."""
         for file in (self.path, self.path.with_suffix(".partial")):
             file.unlink(missing_ok=True)
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Hold Ctrl-C and SIGTERM back meanwhile: the first that comes is put into the list, the second is not held."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def release() -> None:
+        while before:
+            number, handler = before.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def hold(number: int, frame: object) -> None:
+        came.append(number)
+        release()
+
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before |= {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        release()
 
 
 def contents(state: TrainingState) -> dict[str, Any]:
@@ -115,8 +126,7 @@ def contents(state: TrainingState) -> dict[str, Any]:
         "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         "scaler": state.scaler.state_dict(),
         "history": asdict(state.history),
-        "sums": state.sums.cpu(),
-        "progress": (state.counted, state.step, state.seconds),
+        **{name: getattr(state, name) for name in PLAIN},
     }
 
 
@@ -127,5 +137,5 @@ def restore(state: TrainingState, stored: dict[str, Any]) -> None:
         optimizer.load_state_dict(saved)
     state.scaler.load_state_dict(stored["scaler"])
     vars(state.history).update(stored["history"])
-    state.sums.copy_(stored["sums"])
-    state.counted, state.step, state.seconds = stored["progress"]
+    vars(state).update({name: stored[name] for name in PLAIN})
+    state.sums = state.sums.to(state.model.head.weight.device)

@@ -132,6 +132,8 @@ class SleepLM(nn.Module):
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return the first hidden states h (b, l, w) of tokens (b, l), the first of them at place ``start``."""
         self.check_tokens(tokens)
+        if tokens.device != (device := self.embedding.weight.device):
+            raise ValueError(f"the tokens are on {tokens.device}, the model on {device}: move them to one device")
         h = self.embedding(tokens)  # (b, l, w)
         if not self.config.positions:
             return h

@@ -135,9 +135,7 @@ class Session:
         """
         self._check(prompt)
         if not 1 <= prompt.shape[1] <= self.window:
-            raise ValueError(
-                f"a prompt must have 1 to {self.window} tokens, as many as the window, got {prompt.shape[1]}"
-            )
+            raise ValueError(f"a prompt must have 1 to {self.window} tokens, to fit the window, got {prompt.shape[1]}")
         if prompt.shape[1] > self.room:
             self.sleep()
         cache = [replace(layer) for layer in self._cache]

@@ -45,7 +45,9 @@ class TrainConfig:
     def __post_init__(self):
         fewest, most = self.range_of_passes
         check_passes(fewest)
-        checks.whole("the most passes (N)", most, least=fewest)
+        check_passes(most)
+        if fewest > most:
+            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
         checks.seed(self.seed)
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
             checks.whole(name, getattr(self, name), least)
@@ -138,9 +140,8 @@ def train(
         answering = DistributedDataParallel(answering, static_graph=not varies, find_unused_parameters=varies)
     entry_every = max(1, config.steps // 200)
 
-    with checkpoint or nullcontext(), compiled_blocks(model) if compile else nullcontext():
-        if checkpoint is not None:
-            checkpoint.load(state, task, config)
+    saved = nullcontext() if checkpoint is None else checkpoint.running(state, task, config)
+    with saved, compiled_blocks(model) if compile else nullcontext():
         started = time.perf_counter() - state.seconds
         model.train()
         for step in range(state.step, config.steps):

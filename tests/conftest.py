@@ -5,7 +5,7 @@ import matplotlib
 import pytest
 import torch
 
-from sleepedu.lab import experiments
+from sleepedu.lab import experiments, run_store
 from sleepedu.model import ModelConfig, SleepLM
 
 matplotlib.use("Agg")
@@ -34,7 +34,7 @@ def tiny_experiment() -> experiments.Experiment:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_experiment, tmp_path_factory) -> experiments.Run:
+def tiny_run(tiny_experiment, tmp_path_factory) -> run_store.Run:
     """A run of four steps. Tests that damage it work on a copy."""
     return experiments.run(tiny_experiment, "cpu", tmp_path_factory.mktemp("runs"), examples=20)
 

@@ -38,10 +38,7 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "__init__",
     "__main__",
 )
-SHUT = {
-    "pictures": ("training", "lab"),
-    "lab": ("pictures",),
-}  # doors that stay shut, though the floors would allow them
+SHUT = {"pictures": ("training", "lab"), "lab": ("pictures",)}  # doors that the floors would leave open
 CORE = {"checks", "tasks/random_streams", "tasks/base", "fast_weights", "layers", "model", "sleep_loop", "training"}
 ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", "total")
 FACE = {"__init__", "__main__"}

@@ -20,7 +20,7 @@ import torch
 
 from sleepedu import checkpoint, files
 from sleepedu.__main__ import main
-from sleepedu.lab import experiments
+from sleepedu.lab import run_store
 
 NAME = "graph-smoke-sleep-N2-{steps}steps-seed0"
 COMMAND = ["train", "graph", "--size", "smoke", "--passes", "2", "--examples", "20", "--device", "cpu", "--quiet"]
@@ -64,7 +64,7 @@ def die_in_a_write(operation: int) -> None:
     os.fsync, os.replace = dying(os.fsync), dying(os.replace)
 
 
-def result(run: experiments.Run) -> dict:
+def result(run: run_store.Run) -> dict:
     weights = {name: tensor.tolist() for name, tensor in run.load_model().state_dict().items()}
     return {"history": {**asdict(run.history), "seconds": None}, "table": run.table, "weights": weights}
 
@@ -75,7 +75,7 @@ def check_files(path: Path) -> None:
         if file.exists():
             files.unpack(file.read_bytes())
     if (path / "run.json").exists():
-        experiments.load(path)
+        run_store.load_run(path)
 
 
 def anywhere(folder: Path, kills: int, seed: int) -> int:
@@ -83,7 +83,7 @@ def anywhere(folder: Path, kills: int, seed: int) -> int:
     started = time.monotonic()
     assert end(start(folder / "whole", steps)) == 0
     lasts = time.monotonic() - started
-    whole = result(experiments.load(folder / "whole" / NAME.format(steps=steps)))
+    whole = result(run_store.load_run(folder / "whole" / NAME.format(steps=steps)))
     for number in itertools.count():
         path = folder / f"killed{number}"
         for _ in range(4):
@@ -99,8 +99,8 @@ def anywhere(folder: Path, kills: int, seed: int) -> int:
                 break
         assert end(start(path, steps)) == 0, "the same command did not go on"
         finished = path / NAME.format(steps=steps)
-        assert result(experiments.load(finished)) == whole, f"{finished} is another run than the one left in peace"
-        assert sorted(file.name for file in finished.iterdir()) == ["run.json", "weights.pt"]
+        assert result(run_store.load_run(finished)) == whole, f"{finished} is another run than the one left in peace"
+        assert {file.name for file in finished.iterdir()} - {".lock"} == {"run.json", "weights.pt"}
         shutil.rmtree(path)
         if survived >= kills:
             return survived
@@ -109,7 +109,7 @@ def anywhere(folder: Path, kills: int, seed: int) -> int:
 def in_a_write(folder: Path, kills: int, seed: int) -> int:
     steps, survived = 3, 0
     assert end(start(folder / "whole", steps)) == 0
-    whole = result(experiments.load(folder / "whole" / NAME.format(steps=steps)))
+    whole = result(run_store.load_run(folder / "whole" / NAME.format(steps=steps)))
     operations = list(range(3 * (steps - 1) + 2 * 3))  # of two checkpoints, the weights and run.json
     for operation in random.Random(seed).sample(operations, min(kills, len(operations))):
         path = folder / f"operation{operation}"
@@ -118,8 +118,8 @@ def in_a_write(folder: Path, kills: int, seed: int) -> int:
         check_files(path / NAME.format(steps=steps))
         assert end(start(path, steps)) == 0, f"killed at operation {operation}, the same command did not go on"
         finished = path / NAME.format(steps=steps)
-        assert result(experiments.load(finished)) == whole, f"{finished} is another run than the one left in peace"
-        assert sorted(file.name for file in finished.iterdir()) == ["run.json", "weights.pt"]
+        assert result(run_store.load_run(finished)) == whole, f"{finished} is another run than the one left in peace"
+        assert {file.name for file in finished.iterdir()} - {".lock"} == {"run.json", "weights.pt"}
         survived += 1
     return survived
 

@@ -163,7 +163,7 @@ def test_only_the_first_rank_writes_and_every_rank_resumes_from_it(make_model, o
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(make_model, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "ranks", lambda: 3)
     with pytest.raises(ValueError, match="a batch of 4 does not divide into equal shares for 3 ranks"):
-        train(make_model(), Questions(), CONFIG, tmp_path / "run")
+        train(make_model(), Questions(), CONFIG, checkpoint=Checkpoint(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sleepedu import evaluation
-from sleepedu.evaluation import Accuracy, accuracy_by_depth, across_seeds, differ, wilson_interval
+from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.intervals import Accuracy, across_seeds, differ, wilson_interval
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 
 GRAPH = GraphRetrieval(nodes=4, hops=3, queries=2)

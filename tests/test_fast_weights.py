@@ -139,7 +139,7 @@ def test_wrong_shape_is_named(rule, wrong):
 def test_other_device_is_named(wrong):
     inputs = dict(zip(NAMES, make_inputs(1, 1, 2, 3, 3), strict=True))
     inputs[wrong] = inputs[wrong].to("meta")
-    with pytest.raises(ValueError, match=rf"^{wrong} is on meta, q on cpu"):
+    with pytest.raises(ValueError, match=rf"^{wrong} must be .* on cpu to fit q and v, got .* on meta"):
         gated_delta_chunked(**inputs)
 
 
@@ -148,13 +148,13 @@ def test_other_device_is_named(wrong):
 def test_other_dtype_is_named(rule, wrong):
     inputs = dict(zip(NAMES, make_inputs(1, 1, 2, 3, 3), strict=True))
     inputs[wrong] = inputs[wrong].half()
-    with pytest.raises(ValueError, match=rf"^{wrong} is torch.float16, q torch.float64: make them of one kind"):
+    with pytest.raises(ValueError, match=rf"^{wrong} must be .*torch.float64, .* got .* torch.float16"):
         rule(**inputs)
 
 
 @pytest.mark.parametrize("heads, length", [(1, 0), (0, 3)])
 def test_no_token_and_no_head_are_refused(heads, length):
-    with pytest.raises(ValueError, match=f"got {heads} heads and {length} tokens"):
+    with pytest.raises(ValueError, match="with a head and a token at least"):
         gated_delta_chunked(*make_inputs(1, heads, length, 2, 2))
 
 

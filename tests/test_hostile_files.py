@@ -12,8 +12,8 @@ from campaigns import COUNTS, size
 from sleepedu import checkpoint, files
 from sleepedu.__main__ import main
 from sleepedu.checkpoint import Checkpoint
-from sleepedu.lab import experiments
-from sleepedu.lab.experiments import load, seal
+from sleepedu.lab import experiments, run_store
+from sleepedu.lab.run_store import load_run
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.training import TrainConfig, train
 
@@ -105,7 +105,7 @@ def mutate(folder, other, dice) -> str:
 
 
 def read(path) -> tuple:
-    run = load(path)
+    run = load_run(path)
     return replace(run, path=None), {name: t.tolist() for name, t in run.load_model().state_dict().items()}
 
 
@@ -150,7 +150,7 @@ CONFIG = TrainConfig(passes=2, steps=3, batch=2, warmup=1)
 def test_a_mutated_checkpoint_goes_on_the_same_or_is_refused(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     model = make_model()
-    train(model, TASK, CONFIG, tmp_path)
+    train(model, TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
     file = tmp_path / Checkpoint.FILE
     whole, end, seeds = file.read_bytes(), model.state_dict(), SEEDS[: len(SEEDS) // 2]
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 1000)
@@ -161,7 +161,7 @@ def test_a_mutated_checkpoint_goes_on_the_same_or_is_refused(make_model, tmp_pat
         file.write_bytes(mutated)
         resumed = make_model()
         try:
-            train(resumed, TASK, CONFIG, tmp_path)
+            train(resumed, TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
         except ValueError as error:
             assert one_line(error) and str(file) in str(error), f"seed {seed}, {way.__name__}: {error}"
         else:
@@ -181,44 +181,13 @@ def test_every_number_of_a_run_is_under_its_checksum(copy_of_run, tiny_run):
     for number in (tiny_run.table[2].accuracy, tiny_run.history.loss[1], tiny_run.provenance["seconds"]):
         (copy_of_run / "run.json").write_text(text.replace(str(number), str(number + 0.001), 1))
         with pytest.raises(ValueError, match=r"run.json was changed: it does not have the checksum it states"):
-            load(copy_of_run)
+            load_run(copy_of_run)
 
 
 def test_weights_of_another_seed_are_refused(copy_of_run, other_run):
     shutil.copy(other_run.path / "weights.pt", copy_of_run)
-    with pytest.raises(ValueError, match=r"they do not have the checksum in run\.json"):
-        load(copy_of_run).load_model()
-
-
-def unsealed(folder) -> None:
-    stored = json.loads((folder / "run.json").read_text())
-    del stored["checksum"], stored["weights"]
-    (folder / "run.json").write_text(json.dumps(stored))
-
-
-def test_a_run_from_before_there_were_checksums_can_be_sealed(copy_of_run, tiny_run):
-    unsealed(copy_of_run)
-    with pytest.raises(
-        ValueError, match=r"has no checksum, as runs had none once: .* sleepedu.lab.experiments.seal adds"
-    ):
-        load(copy_of_run)
-    seal(copy_of_run)
-    assert read(copy_of_run) == read(tiny_run.path)
-    content = (copy_of_run / "run.json").read_bytes()
-    assert content == (tiny_run.path / "run.json").read_bytes()
-    seal(copy_of_run)
-    assert (copy_of_run / "run.json").read_bytes() == content
-
-
-def test_what_is_damaged_is_not_sealed(copy_of_run):
-    unsealed(copy_of_run)
-    weights = bytearray((copy_of_run / "weights.pt").read_bytes())
-    weights[len(weights) // 2] ^= 1
-    (copy_of_run / "weights.pt").write_bytes(weights)
-    content = (copy_of_run / "run.json").read_bytes()
-    with pytest.raises(ValueError, match="is damaged"):
-        seal(copy_of_run)
-    assert (copy_of_run / "run.json").read_bytes() == content
+    with pytest.raises(ValueError, match=r"does not hold this run's weights, those with the checksum in run\.json"):
+        load_run(copy_of_run).load_model()
 
 
 def test_a_run_of_settings_that_this_library_does_not_know_is_refused(copy_of_run):
@@ -226,26 +195,15 @@ def test_a_run_of_settings_that_this_library_does_not_know_is_refused(copy_of_ru
     stored = json.loads((copy_of_run / "run.json").read_text())
     del stored["checksum"]
     stored["settings"]["model"]["dreams"] = 3
-    stored["fingerprint"] = experiments._fingerprint(stored["settings"])
-    files.write(copy_of_run / "run.json", experiments._sealed(stored))
+    stored["fingerprint"] = run_store.fingerprint(stored["settings"])
+    stored["checksum"] = run_store.json_checksum(stored)
+    (copy_of_run / "run.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"run.json is broken \(TypeError: .*dreams"):
-        load(copy_of_run)
+        load_run(copy_of_run)
 
 
 def test_a_full_disk_at_the_end_is_one_line_and_the_checkpoint_stays(tmp_path, capsys, monkeypatch):
-    command = [
-        "train",
-        "graph",
-        "--size",
-        "smoke",
-        "--steps",
-        "3",
-        "--examples",
-        "5",
-        "--quiet",
-        "--runs",
-        str(tmp_path),
-    ]
+    command = f"train graph --size smoke --steps 3 --examples 5 --quiet --runs {tmp_path}".split()
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     write = files.write
 
@@ -254,10 +212,10 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_checkpoint_stays(tmp_path, c
             raise OSError(f"{path} could not be written (No space left on device); what stood there stays")
         write(path, content)
 
-    monkeypatch.setattr(storage, "write", full)
+    monkeypatch.setattr(files, "write", full)
     assert main(command) == 2
     assert "weights.pt could not be written (No space left on device)" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert [file.name for file in folder.iterdir()] == [Checkpoint.FILE]
-    monkeypatch.setattr(storage, "write", write)
+    monkeypatch.setattr(files, "write", write)
     assert main(command) == 0

@@ -15,7 +15,7 @@ from campaigns import COUNTS, size
 from sleepedu import checkpoint, files, training
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.tasks import GraphRetrieval
-from sleepedu.training import TrainConfig, train
+from sleepedu.training import TrainConfig, begin_training, train
 
 TASK = GraphRetrieval(nodes=4, hops=2, queries=3)
 CONFIG = TrainConfig(passes=2, steps=6, batch=4, warmup=3)
@@ -76,7 +76,7 @@ def test_ctrl_c_ends_the_step_and_saves(entries, make_model, tmp_path, handle_si
     handle_signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        train(make_model(), task, config, tmp_path)
+        train(make_model(), task, config, checkpoint=Checkpoint(tmp_path))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert torch.load(tmp_path / Checkpoint.FILE)["step"] == 3
 
@@ -86,7 +86,8 @@ def test_ctrl_c_ends_the_step_and_saves(entries, make_model, tmp_path, handle_si
             return super().sample(batch, generator, depth)
 
     whole, model = make_model(), make_model(seed=1)
-    history, resumed = train(whole, TASK, config), train(model, Counting(nodes=4, hops=2, queries=3), config, tmp_path)
+    history = train(whole, TASK, config)
+    resumed = train(model, Counting(nodes=4, hops=2, queries=3), config, checkpoint=Checkpoint(tmp_path))
     assert rest == list(range(3, config.steps)), "no step is trained twice"
     assert_same(model, whole)
     assert (resumed.step, resumed.loss, resumed.accuracy) == (history.step, history.loss, history.accuracy)
@@ -97,14 +98,14 @@ def test_who_handles_the_signal_may_go_on(make_model, tmp_path):
     try:
         task = Signalling(nodes=4, hops=2, queries=3)
         object.__setattr__(task, "number", signal.SIGTERM)
-        assert train(make_model(), task, CONFIG, tmp_path).step[-1] == CONFIG.steps
+        assert train(make_model(), task, CONFIG, checkpoint=Checkpoint(tmp_path)).step[-1] == CONFIG.steps
     finally:
         signal.signal(signal.SIGTERM, before)
     assert came == [signal.SIGTERM]
 
 
 def test_the_second_process_in_a_folder_is_refused_and_the_first_goes_on(make_model, tmp_path):
-    first = "import sys, pathlib\nfrom sleepedu import storage\n"
+    first = "import sys, pathlib\nfrom sleepedu import files\n"
     first += "with files.sole_use(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()\n"
     folder = tmp_path / "run"
     with subprocess.Popen(
@@ -113,11 +114,12 @@ def test_the_second_process_in_a_folder_is_refused_and_the_first_goes_on(make_mo
         try:
             assert other.stdout.readline() == "mine\n"
             with pytest.raises(BlockingIOError, match=f"{folder} is in use: another process is training there"):
-                train(make_model(), TASK, CONFIG, folder)
-            assert list(folder.iterdir()) == []
+                train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(folder))
+            assert [file.name for file in folder.iterdir()] == [".lock"]
         finally:
             other.kill()
-    assert train(make_model(), TASK, CONFIG, folder).step[-1] == CONFIG.steps, "a lock died with its process"
+    history = train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(folder))
+    assert history.step[-1] == CONFIG.steps, "a lock died with its process"
 
 
 def test_a_folder_is_for_one_thread_and_that_may_ask_twice(tmp_path):
@@ -140,7 +142,8 @@ def test_a_folder_is_for_one_thread_and_that_may_ask_twice(tmp_path):
 
 def test_a_thread_trains_without_signals(make_model, tmp_path):
     done = []
-    thread = threading.Thread(target=lambda: done.append(train(make_model(), TASK, CONFIG, tmp_path)))
+    checkpoint = Checkpoint(tmp_path)
+    thread = threading.Thread(target=lambda: done.append(train(make_model(), TASK, CONFIG, checkpoint=checkpoint)))
     thread.start()
     thread.join()
     assert done[0].step[-1] == CONFIG.steps
@@ -151,58 +154,43 @@ def test_a_state_that_is_no_number_does_not_replace_a_good_one(make_model, tmp_p
     score = training.score
     monkeypatch.setattr(training, "score", lambda *arguments: (score(*arguments)[0] * torch.nan, torch.tensor(0.0)))
     with pytest.raises(FloatingPointError):
-        train(make_model(), TASK, TrainConfig(steps=400, batch=4), tmp_path)
+        train(make_model(), TASK, TrainConfig(steps=400, batch=4), checkpoint=Checkpoint(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_task_with_the_same_settings_is_refused(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
-    train(make_model(), TASK, CONFIG, tmp_path)
+    train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
     other = GraphRetrieval(nodes=4, hops=2, queries=3)
     object.__setattr__(other, "name", "another")
     with pytest.raises(ValueError, match="is of a run with other settings"):
-        train(make_model(), other, CONFIG, tmp_path)
+        train(make_model(), other, CONFIG, checkpoint=Checkpoint(tmp_path))
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
-    train(make_model(), TASK, CONFIG, tmp_path)
+    train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
     file = tmp_path / Checkpoint.FILE
     state = files.unpack(file.read_bytes())
     state["model"]["head.weight"] = state["model"]["head.weight"][:, 1:]
     files.write(file, files.pack(state))
     with pytest.raises(ValueError, match=f"{file} is not a whole checkpoint .*: delete it to start anew"):
-        train(make_model(), TASK, CONFIG, tmp_path)
+        train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
 
 
-def test_a_checkpoint_of_an_earlier_version_is_resumed(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
-    whole, model = make_model(), make_model()
-    train(whole, TASK, CONFIG, tmp_path)
-    file = tmp_path / Checkpoint.FILE
-    state = files.unpack(file.read_bytes())
-    assert state["step"] == CONFIG.steps - 1
-    for name in ("task", "sums", "counted", "seconds"):
-        del state[name]
-    files.write(file, files.pack(state))
-    train(model, TASK, CONFIG, tmp_path)
-    assert_same(model, whole)
-
-
-@pytest.mark.skipif(files.fcntl is None, reason="there are no such locks here")
 def test_where_there_are_no_locks_training_goes_on_without(make_model, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    assert train(make_model(), TASK, CONFIG, tmp_path).step[-1] == CONFIG.steps
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    assert train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path)).step[-1] == CONFIG.steps
 
 
 def test_a_signal_after_the_last_step_is_delivered_at_the_end(make_model, tmp_path):
     came = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        with Checkpoint(tmp_path, make_model(), [], None, {}, TASK.name):
+        with Checkpoint(tmp_path).running(begin_training(make_model(), TASK, CONFIG), TASK, CONFIG):
             signal.raise_signal(signal.SIGTERM)
             assert came == []
         assert came == [signal.SIGTERM]

@@ -200,8 +200,8 @@ def test_gradient_reaches_every_parameter(carry, passes, make_model):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"layout": "axg"}, r"layout 'axg' has unknown letters \['x'\]"),
-        ({"layout": ""}, "layout ''"),
+        ({"layout": "axg"}, "layout must be a word .* got 'axg'"),
+        ({"layout": ""}, "layout must be a word .* got ''"),
         ({"layout": "Ag"}, "layout 'Ag' mixes 'A'"),
         ({"width": 30, "heads": 4}, "width 30 must divide into 4 heads"),
         ({"width": 12, "heads": 4}, "width 12 must divide into 4 heads of even size"),
@@ -215,7 +215,7 @@ def test_gradient_reaches_every_parameter(carry, passes, make_model):
         ({"positions": -1}, "positions .* -1"),
         ({"write_range": 2.5}, "write_range .* got 2.5"),
         ({"write_range": 0}, "write_range .* got 0"),
-        ({"mlp_ratio": 0.001}, "mlp_ratio 0.001"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio must .* got 0.001"),
     ],
 )
 def test_wrong_configuration_is_named(settings, message):
@@ -241,12 +241,12 @@ def test_wrong_tokens_are_named(tokens, message, make_model):
 @pytest.mark.parametrize(
     "S, message",
     [
-        ((), "layout 'ag' has 1 fast-weight layers, S 0"),
-        ((torch.zeros(2, 2, 8, 8),) * 2, "layout 'ag' has 1 fast-weight layers, S 2"),
-        ((torch.zeros(2, 2, 8, 4),), r"S must have shape \(2, 2, 8, 8\), got \(2, 2, 8, 4\)"),
-        ((torch.zeros(1, 2, 8, 8),), r"S must have shape \(2, 2, 8, 8\), got \(1, 2, 8, 8\)"),
-        ((torch.zeros(2, 2, 8, 8, device="meta"),), "S is on meta, the model on cpu"),
-        ((torch.zeros(2, 2, 8, 8).double(),), "S must be torch.float32 for this model, got torch.float64"),
+        ((), "S must be of 1 fast-weight layers, .* got 0"),
+        ((torch.zeros(2, 2, 8, 8),) * 2, "S must be of 1 fast-weight layers, .* got 2"),
+        ((torch.zeros(2, 2, 8, 4),), r"S must have shape \(2, 2, 8, 8\), .* got \(2, 2, 8, 4\)"),
+        ((torch.zeros(1, 2, 8, 8),), r"S must have shape \(2, 2, 8, 8\), .* got \(1, 2, 8, 8\)"),
+        ((torch.zeros(2, 2, 8, 8, device="meta"),), "S must .* on cpu, got .* meta"),
+        ((torch.zeros(2, 2, 8, 8).double(),), "S must .* be torch.float32 .* got .* torch.float64"),
     ],
 )
 def test_wrong_fast_weights_are_named(S, message, make_model):

@@ -9,15 +9,15 @@ import torch
 
 from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
-from sleepedu.lab import experiments
+from sleepedu.lab.run_store import COMMITTED, Run, load_run
 from sleepedu.pictures import live_model as live
 
 FOLDER = Path(__file__).resolve().parent.parent / "book" / "_extra" / "live"
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[experiments.Run]:
-    return live.find_runs()
+def runs() -> list[Run]:
+    return [load_run(COMMITTED / name) for name in live.RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,22 @@ def test_a_matrix_is_rounded_to_half_a_level_of_its_row(characters, levels):
     torch.manual_seed(0)
     matrix = torch.randn(40, 64) * torch.logspace(-6, 3, 40)[:, None]
     matrix[7] = 0
-    packed = live.pack(matrix, characters)
+    packed = live.pack_weights(matrix, characters)
     assert set(packed["levels"]) <= {chr(code) for code in range(35, 127)} - {"\\"}, "nothing in it needs escaping"
-    error = (live.unpack(packed) - matrix).abs().amax(dim=1)
+    error = (live.unpack_weights(packed) - matrix).abs().amax(dim=1)
     assert (error <= matrix.abs().amax(dim=1) / (levels - 1) * 1.001).all()
-    assert torch.equal(live.unpack(packed)[7], torch.zeros(64))
+    assert torch.equal(live.unpack_weights(packed)[7], torch.zeros(64))
 
 
 @pytest.mark.parametrize("characters, most", [(1, 45), (2, 4140)])
 def test_every_level_comes_back(characters, most):
     levels = torch.arange(-most, most + 1, dtype=torch.float32)[None]
-    assert torch.equal(live.unpack(live.pack(levels, characters)), levels)
+    assert torch.equal(live.unpack_weights(live.pack_weights(levels, characters)), levels)
 
 
 def test_a_vector_is_not_rounded():
     vector = torch.randn(64)
-    assert torch.equal(live.unpack(live.pack(vector)), vector)
+    assert torch.equal(live.unpack_weights(live.pack_weights(vector)), vector)
 
 
 def test_a_question_is_asked_as_the_task_asks_it(runs, models):
@@ -95,7 +95,7 @@ def test_export_live_writes_weights_and_picture(tmp_path, capsys):
     assert main(["export-live", "--to", str(tmp_path / "live")]) == 0
     assert re.findall(r"([a-z]+\.[a-z]+): [\d,]+ bytes", capsys.readouterr().out) == ["weights.js", "still.png"]
     assert (tmp_path / "live" / "weights.js").read_bytes() == (FOLDER / "weights.js").read_bytes()
-    assert (tmp_path / "live" / "still.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "live" / "still.png").read_bytes().startswith(b"\x89PNG")  # its bytes are matplotlib's version's
 
 
 def test_runs_that_do_not_go_together_are_refused(runs, tiny_run):
@@ -104,9 +104,8 @@ def test_runs_that_do_not_go_together_are_refused(runs, tiny_run):
 
 
 def test_missing_weights_are_one_line_and_nothing_is_written(tmp_path, capsys):
-    for passes in live.PASSES:
-        name = f"graph-laptop-sleep-N{passes}-seed0"
-        shutil.copytree(experiments.COMMITTED / name, tmp_path / "runs" / name)
+    for name in live.RUNS:
+        shutil.copytree(COMMITTED / name, tmp_path / "runs" / name)
     (tmp_path / "runs" / name / "weights.pt").unlink()
     assert main(["export-live", "--runs", str(tmp_path / "runs"), "--to", str(tmp_path / "live")]) == 2
     error = capsys.readouterr().err

@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.figure import Figure
+from test_tasks import draw_from, words_of
 
-from sleepedu.pictures import figures
-from sleepedu.tasks import TASKS, UNSCORED, Episode, MathReasoning
+from sleepedu.pictures import draw_episode, figures
+from sleepedu.tasks import UNSCORED, Episode, MathReasoning
 from sleepedu.tasks.math_reasoning import COLOURS, GUESSERS, PLACES, RULE
 
 PAPER = {"quantities": 300, "operations": 8, "ask": "one", "windows": 4, "sums": True, "name_words": 2}
@@ -27,14 +28,6 @@ EDGES = [
     {"digits": 2, "less": False},
     {"digits": 5, "ask": "one", "sums": True, "name_words": 2},
 ]
-
-
-def draw_from(task, batch=200, seed=0, depth=None) -> Episode:
-    return task.sample(batch, torch.Generator().manual_seed(seed), depth)
-
-
-def words_of(task, tokens) -> list[str]:
-    return [task.words[token] for token in tokens.flatten().tolist()]
 
 
 def read(text: str) -> dict[str, tuple[str, list[str]]]:
@@ -345,43 +338,28 @@ def test_the_picture_shows_every_digit_and_marks_wrong_answers(settings, depth):
     asked = questions(task, episode, 1)
     facts, digits = read(task.problem(episode, 1)), solve(task.problem(episode, 1))
     shown = facts if task.ask == "every" else behind(facts, asked[0][0])
-    figure = task.draw(episode, 1)
+    figure = draw_episode(task, episode, 1)
     assert isinstance(figure, Figure) and plt.get_fignums() == []
     assert set(shown) <= set(written(figure)) and figure.axes[0].get_title(loc="left") == ""
     on_dials = Counter(text for text in written(figure) if text.isdigit())
     assert on_dials == Counter(str(digits[name]) for name in shown)
     right = episode.targets[1].clamp(min=0)
-    assert task.draw(episode, 1, right).axes[0].get_title(loc="left") == "the model: all right"
+    assert draw_episode(task, episode, 1, right).axes[0].get_title(loc="left") == "the model: all right"
     wrong = right.clone()
     place = int(episode.asked[1].nonzero()[0])
     wrong[place] = (right[place] + 3) % 10
-    figure = task.draw(episode, 1, wrong)
+    figure = draw_episode(task, episode, 1, wrong)
     assert figure.axes[0].get_title(loc="left") == f"the model: 1 of {len(asked)} wrong (×)"
     assert f"×{int(wrong[place])}" in written(figure)
 
 
 def test_dependencies_stand_in_their_columns_with_arrows_between():
     arrows = {"red": {}, "blue": {"red": "+3"}, "green": {"red": "+", "blue": "+"}}
-    column = {"red": 0, "blue": 1, "green": 2}
-    figure = figures.dependencies({"red": "1", "blue": "4", "green": "5"}, column, arrows, ["green"], {"green": "7"})
+    figure = figures.dependencies({"red": "1", "blue": "4", "green": "5"}, arrows, ["green"], {"green": "7"})
     places = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
-    assert {name: places[name] for name in column} == column
+    assert [places[name] for name in ("red", "blue", "green")] == [0, 1, 2]
     assert sum(text.arrow_patch is not None for text in figure.axes[0].texts if hasattr(text, "arrow_patch")) == 3
     assert {"+3", "×7"} <= set(places) and plt.get_fignums() == []
-
-
-def test_it_is_registered_and_seeded():
-    assert TASKS["math"] is MathReasoning
-    task = MathReasoning()
-    first, again, other = (draw_from(task, 20, seed).windows for seed in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert (task.name, task.scoring, task.depth_name) == ("math", "each", "operations")
-
-
-@pytest.mark.parametrize("batch, depth, message", [(0, None, "batch .* 0"), (2, 0, "depth 0"), (2, 5, "depth 5")])
-def test_a_batch_or_depth_that_cannot_be_is_refused(batch, depth, message):
-    with pytest.raises(ValueError, match=message):
-        draw_from(MathReasoning(), batch, depth=depth)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +374,8 @@ def test_a_batch_or_depth_that_cannot_be_is_refused(batch, depth, message):
         ({"operations": 2.5}, "operations .* must be a whole number, got 2.5"),
         ({"less": "no"}, "less must be True or False, got 'no'"),
         ({"sums": 2}, "sums must be True or False, got 2"),
-        ({"operations": 7, "sums": True}, "7 operations take 9 quantities, got 8"),
+        ({"operations": 7, "sums": True}, r"operations on 8 quantities must lie in 1\.\.6, got 7"),
+        ({"quantities": 2, "sums": True}, r"quantities with name_words 1 must lie in 3\.\.26, got 2"),
         ({"ask": "all"}, "ask 'all' is unknown: use 'every' or 'one'"),
         ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"name_words": 3}, r"name_words must lie in 1\.\.2, got 3"),

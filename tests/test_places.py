@@ -9,14 +9,14 @@ import sys
 import pytest
 
 from sleepedu.__main__ import main
-from sleepedu.lab import experiments
+from sleepedu.lab import run_store
 
 TRAIN = ["train", "graph", "--size", "smoke", "--steps", "4", "--examples", "20", "--quiet"]
 
 
 def python(*arguments, **settings):
     command = [sys.executable, *map(str, arguments)]
-    there = os.pathsep.join([str(experiments.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    there = os.pathsep.join([str(run_store.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": there, "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **settings)
 
@@ -66,7 +66,7 @@ def test_a_run_may_come_from_a_system_that_ends_lines_in_its_own_way(tiny_run, t
     text = (copy / "run.json").read_bytes()
     (copy / "run.json").write_bytes(text.replace(b"\n", b"\r\n"))
     assert b"\r\n" in (copy / "run.json").read_bytes()
-    found = experiments.load(copy)
+    found = run_store.load_run(copy)
     assert found.table == tiny_run.table and found.load_model() is not None
 
 

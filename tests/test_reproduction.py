@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sleepedu.__main__ import main
-from sleepedu.lab import experiments, reproduction
+from sleepedu.lab import experiments, reproduction, run_store
 
 
 def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
@@ -16,7 +16,7 @@ def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
     assert shown[:2] == ["made     on the same machine and versions", "history  identical: 4 entries"]
     assert [line.split(":")[0] for line in shown[2:5]] == [f"depth {k}  identical" for k in (1, 2, 3)]
     assert shown[5:] == ["weights  identical: bit for bit", "reproduced"]
-    again = experiments.load(tmp_path / tiny_run.name)
+    again = run_store.load_run(tmp_path / tiny_run.name)
     assert again.weights == tiny_run.weights and again.path != tiny_run.path
 
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
         reproduction.compare(replace(tiny_run, settings=settings), tiny_run)
 
 
-@pytest.mark.parametrize("run", experiments.stored_runs(), ids=lambda run: run.name)
+@pytest.mark.parametrize("run", run_store.stored_runs(), ids=lambda run: run.name)
 def test_every_committed_run_can_be_trained_again(run, monkeypatch):
     class Trained(Exception):
         pass

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from sleepedu.lab import experiments, results
+from sleepedu.lab import experiments, results, run_store
 
-STORED = experiments.stored_runs()
+STORED = run_store.stored_runs()
 
 
 def test_runs_that_differ_in_their_seed_alone_stand_together():
@@ -39,7 +39,7 @@ def test_every_model_has_its_line_and_its_numbers(form):
 
 
 def test_the_books_page_shows_the_runs_there_are():
-    page = experiments.COMMITTED / "results.md"
+    page = run_store.COMMITTED / "results.md"
     assert page.read_text().rstrip() == results.markdown(STORED).rstrip(), (
         f"run `python -m sleepedu results --markdown > {page}`"
     )

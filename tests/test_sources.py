@@ -5,7 +5,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from sleepedu.lab import experiments
+from sleepedu.lab import run_store
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 PAGE = (BOOK / "sources.md").read_text()
@@ -24,7 +24,7 @@ def test_every_figure_is_named_once():
 
 
 def test_every_source_is_there():
-    stored = [run.name for run in experiments.stored_runs()]
+    stored = [run.name for run in run_store.stored_runs()]
     named = set(re.findall(r"`((?:graph|rule110|math)-[^`]+)`", PAGE))
     assert len(named) > 12
     for pattern in named:

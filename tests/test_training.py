@@ -14,20 +14,15 @@ import torch
 
 from sleepedu import checkpoint, training
 from sleepedu.checkpoint import Checkpoint
+from sleepedu.fast.compiling import can_compile
 from sleepedu.lab import experiments
 from sleepedu.model import SleepLM
+from sleepedu.progress import ProgressBar
 from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
-from sleepedu.training import (
-    TESTING,
-    TRAINING,
-    TrainConfig,
-    can_compile,
-    make_optimizers,
-    score,
-    stream,
-    train,
-)
+from sleepedu.tasks.base import majority_loss
+from sleepedu.tasks.random_streams import TESTING, TRAINING, stream
+from sleepedu.training import TrainConfig, make_optimizers, score, train
 
 TASK = GraphRetrieval(nodes=4, hops=2, queries=3)
 CONFIG = TrainConfig(passes=2, steps=12, batch=4, warmup=3)
@@ -133,9 +128,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(carry, passes, make_model, tmp_p
     config = replace(CONFIG, passes=passes)
     history = train(whole, TASK, config)
     with pytest.raises(Interrupted):
-        train(first, TASK, config, tmp_path, interrupt_at(7))
+        train(first, TASK, config, interrupt_at(7), Checkpoint(tmp_path))
     seen = []
-    resumed = train(second, recording(seen), config, tmp_path)
+    resumed = train(second, recording(seen), config, checkpoint=Checkpoint(tmp_path))
     assert len(seen) == 6, "the steps after the last checkpoint, and no others"
     assert_same_weights(second, whole)
     assert resumed.step == history.step == list(range(1, 13))
@@ -149,20 +144,20 @@ def test_a_run_that_was_interrupted_twice_goes_on(make_model, tmp_path, saves_at
     train(whole, TASK, CONFIG)
     for step in (4, 9):
         with pytest.raises(Interrupted):
-            train(model, TASK, CONFIG, tmp_path, interrupt_at(step))
-    train(model, TASK, CONFIG, tmp_path)
+            train(model, TASK, CONFIG, interrupt_at(step), Checkpoint(tmp_path))
+    train(model, TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
     assert_same_weights(model, whole)
 
 
 def test_without_20_seconds_no_checkpoint_is_written(make_model, tmp_path):
-    train(make_model(), TASK, CONFIG, tmp_path)
+    train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def interrupted(make_model, tmp_path, saves_at_every_entry):
     with pytest.raises(Interrupted):
-        train(make_model(), TASK, CONFIG, tmp_path, interrupt_at(5))
+        train(make_model(), TASK, CONFIG, interrupt_at(5), Checkpoint(tmp_path))
     return tmp_path / Checkpoint.FILE
 
 
@@ -174,7 +169,7 @@ def test_a_checkpoint_of_other_settings_is_refused(interrupted, make_model):
         (make_model(), replace(TASK, queries=2), CONFIG),
     ):
         with pytest.raises(ValueError, match=f"{interrupted} is of a run with other settings"):
-            train(model, task, config, interrupted.parent)
+            train(model, task, config, checkpoint=Checkpoint(interrupted.parent))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
@@ -182,7 +177,7 @@ def test_a_truncated_checkpoint_is_refused(keep, interrupted, make_model):
     whole = interrupted.read_bytes()
     interrupted.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
     with pytest.raises(ValueError, match=f"{interrupted} is not a whole checkpoint"):
-        train(make_model(), TASK, CONFIG, interrupted.parent)
+        train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(interrupted.parent))
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(interrupted, make_model, monkeypatch):
@@ -196,7 +191,7 @@ def test_a_checkpoint_is_replaced_as_a_whole(interrupted, make_model, monkeypatc
     model = make_model()
     message = f"{interrupted} could not be written .No space left on device.; what stood there stays; training goes on"
     with pytest.warns(UserWarning, match=message):
-        resumed = train(model, TASK, CONFIG, interrupted.parent)
+        resumed = train(model, TASK, CONFIG, checkpoint=Checkpoint(interrupted.parent))
     assert interrupted.read_bytes() == before and list(interrupted.parent.iterdir()) == [interrupted]
     assert_same_weights(model, whole)
     assert resumed.loss == history.loss, "nothing that was computed is lost"
@@ -286,21 +281,21 @@ def test_score_counts_what_is_asked_and_nothing_else():
 
 
 def test_majority_loss_is_the_entropy_of_the_answers():
-    assert training.majority_loss(TASK) == pytest.approx(1.3863, abs=0.002)  # ln 4
+    assert majority_loss(TASK) == pytest.approx(1.3863, abs=0.002)  # ln 4
     paper = CellularAutomaton(rows=4, cells=24, steps=(32,), ask="first")
-    assert training.majority_loss(paper) == pytest.approx(0.685, abs=0.003)  # of a coin that shows 1 in 56.3%
-    assert training.tokens_per_example(paper) == 100
+    assert majority_loss(paper) == pytest.approx(0.685, abs=0.003)  # of a coin that shows 1 in 56.3%
+    assert paper.tokens_per_example == 100
 
 
 def test_history_says_where_the_run_stands(make_model, capsys):
-    history = train(make_model(), TASK, CONFIG, watch=training.print_progress)
+    history = train(make_model(), TASK, CONFIG, watch=ProgressBar())
     assert history.step == list(range(1, 13))
     assert history.tokens_per_step == CONFIG.batch * (8 + 6)
     assert all(0 <= share <= 1 for share in history.accuracy)
     shown = capsys.readouterr().out
-    assert shown.endswith("\n") and "step 12/12" in shown and "N=2 " in shown
-    train(make_model(), TASK, replace(CONFIG, passes=(1, 2)), watch=training.print_progress)
-    assert "N=1 to 2 " in capsys.readouterr().out
+    assert shown.endswith("\n") and "12/12" in shown and "N=2:" in shown
+    train(make_model(), TASK, replace(CONFIG, passes=(1, 2)), watch=ProgressBar())
+    assert "N=1 to 2:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
@@ -380,7 +375,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
     # In a process of its own, as what is set lasts until the end of one. Without, most builds fetch all pages anew.
     script = """
 import resource, torch
-from sleepedu.training import keep_freed_memory
+from sleepedu.fast.compiling import keep_freed_memory
 keep_freed_memory()
 for step in range(20):
     if step == 5:

@@ -30,7 +30,7 @@ from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.session import Session
 from sleepedu.sleep_loop import sleep
 from sleepedu.tasks.random_streams import TRAINING, stream
-from sleepedu.training import AnsweringEpisodes, make_optimizers, training_step
+from sleepedu.training import AnsweringEpisodes, begin_training, training_step
 
 RULE_SHAPES = ((64, 4, 24, 16), (64, 4, 24, 64), (32, 4, 75, 64), (4, 4, 2048, 64))  # batch, heads, length, size
 PASSES = (1, 2, 4, 8)
@@ -120,7 +120,7 @@ def time_rule(device: torch.device) -> Iterator[Row]:
         inputs = (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -0.1 * log_a, b, S)
         given, gradients = [x.to(device).requires_grad_() for x in inputs], [x.to(device) for x in (do, dS)]
         ways = {way: partial(_there_and_back, rule, given, gradients) for way, rule in rules.items()}
-        row = {"batch": batch, "heads": heads, "length": length, "size": size, **alternately(ways, device)}
+        row: Row = {"batch": batch, "heads": heads, "length": length, "size": size, **alternately(ways, device)}
         if "theirs" in ways:
             row["peer"] = f"{library} {metadata.version(library)}"
             row["ratio"] = round(row["theirs"]["ms"] / row["ours"]["ms"], 2)
@@ -176,10 +176,10 @@ def time_step(device: torch.device) -> Iterator[Row]:
 
 def _step_of(experiment: Experiment, model: SleepLM) -> Callable[[], Tensor]:
     """Return the training step of an experiment's model, on its first batch."""
-    config, passes = experiment.train_config, experiment.passes
-    episode = experiment.make_task().sample(config.batch, stream(0, TRAINING, 0)).to(model.head.weight.device)
-    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(enabled=False)
-    return partial(training_step, AnsweringEpisodes(model), episode, passes, optimizers, scaler, config)
+    task, config = experiment.make_task(), experiment.train_config
+    episode = task.sample(config.batch, stream(0, TRAINING, 0)).to(model.head.weight.device)
+    state = begin_training(model, task, config)
+    return partial(training_step, state, AnsweringEpisodes(model), episode, experiment.passes, config)
 
 
 def time_sleep(device: torch.device) -> Iterator[Row]:
@@ -205,7 +205,7 @@ def time_answer(device: torch.device) -> Iterator[Row]:
         session.read_stream(torch.randint(MODEL.vocabulary, (1, read), device=device).split(10_000, dim=1))
     found = alternately({key: partial(s.answer, token) for key, s in sessions.items()}, device, 1000, seconds=60)
     for (n, read), session in sessions.items():
-        yield {"model": "sleep", "passes": n, "read": read, **found[n, read], "held": session.held_bytes}
+        yield {"model": "sleep", "passes": n, "read": read} | found[n, read] | {"held": session.held_bytes}
 
     # The cache is filled with random numbers: to read that much takes a time that grows with its square, and how long
     # an answer takes does not depend on what is in the cache.
@@ -221,8 +221,8 @@ def time_answer(device: torch.device) -> Iterator[Row]:
             row = alternately({"answer": partial(answer, cache)}, device, 100)["answer"]
         except RuntimeError:  # out of memory
             return
-        held = sum(kept.nbytes for layer in cache for kept in (layer.keys, layer.values))
-        yield {"model": "transformer", "passes": 1, "read": read, **row, "held": held}
+        held = sum(tensor.nbytes for layer in cache for tensor in vars(layer).values() if tensor is not None)
+        yield {"model": "transformer", "passes": 1, "read": read} | row | {"held": held}
 
 
 def _model(device: torch.device, layout: str = MODEL.layout) -> SleepLM:

@@ -21,7 +21,6 @@ from torch import Tensor
 from sleepedu import checks, files
 from sleepedu.intervals import Accuracy, Table, wilson_interval
 from sleepedu.lab import run_store
-from sleepedu.lab.results import aligned
 from sleepedu.lab.run_store import Run
 from sleepedu.model import FastWeights, SleepLM
 from sleepedu.sleep_loop import check_passes, sleep, wake
@@ -45,6 +44,8 @@ READERS = {
 RIDGES = tuple(10.0**power for power in range(-6, 3))  # penalties, for features of variance 1
 EXAMPLES = 1  # the number of the test stream they are drawn from; accuracy_by_depth begins at 10,000
 CHUNK = 500  # examples that are read at once
+
+Shares = dict[str, list[list[float | None]]]  # reader -> pass -> step
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Probes:
     settings: Settings
     steps: tuple[int, ...]
     examples: dict[str, int]
-    each: dict[str, list[list[float | None]]]
-    whole: dict[str, list[list[float | None]]]
+    each: Shares
+    whole: Shares
     provenance: dict[str, Any]
 
     def table(self, reader: str, n: int = 1, whole: bool = False) -> Table:
@@ -85,30 +86,22 @@ class Probes:
 
         Raises ValueError for a reader or pass that is not there.
         """
-        shares, tested = self.whole if whole else self.each, self.examples["test"]
+        shares = self.whole if whole else self.each
+        tested, (constants,) = self.examples["test"], shares["constant"]
         if reader not in shares:
             raise ValueError(f"reader {reader!r} is unknown: use one of {', '.join(shares)}")
         if n not in range(1, self.settings.passes + 1):
             raise ValueError(f"pass n must lie in 1..{self.settings.passes}, got {n}")
-        rows = zip(self.steps, shares[reader][min(n, len(shares[reader])) - 1], shares["constant"][0], strict=True)
+        row = shares[reader][min(n, len(shares[reader])) - 1]
         return {
-            step: Accuracy(share, *wilson_interval(share, tested), tested, constant)
-            for step, share, constant in rows
+            step: Accuracy(share, *wilson_interval(share, tested), tested, constant or 0.0)
+            for step, share, constant in zip(self.steps, row, constants, strict=True)
             if share is not None
         }
 
     def json(self) -> str:
         """Return everything as JSON, as it is stored."""
         return run_store.readable_json({"version": VERSION, **asdict(self)})
-
-    def lines(self) -> list[str]:
-        """Return the tables as text: a line per reader and pass."""
-        shown = [f"{self.run}, " + ", ".join(f"{count:,} to {part}" for part, count in self.examples.items())]
-        for what, shares in (("labels right", self.each), ("whole examples right", self.whole)):
-            passes = [(reader, n, row) for reader, rows in shares.items() for n, row in enumerate(rows, start=1)]
-            rows = [{what: f"{r}, pass {n}"} | dict(zip(self.steps, row, strict=True)) for r, n, row in passes]
-            shown += ["", *aligned(rows)]
-        return [*shown, "", *(f"{reader}: {what}" for reader, what in READERS.items())]
 
 
 def probe_run(run: Run, settings: Settings | None = None, directory: Path | str = run_store.OWN) -> Probes:
@@ -174,7 +167,7 @@ def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any
     answers["facts"] = [read_out(facts, labels, classes)]
     answers["constant"] = [labels[0].mode(dim=0).values.expand_as(labels[2])]
 
-    def shares(counted: Any) -> dict[str, list[list[float | None]]]:
+    def shares(counted: Any) -> Shares:
         return {
             reader: [_shares(given, counted(given == labels[2])) for given in answers[reader]] for reader in READERS
         }

@@ -160,6 +160,6 @@ class Experiment:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on besides the machine, as it stands in a stored run."""
-        task, model, train = map(asdict, (self.make_task(), self.model_config, self.train_config))
-        # Tuples become lists, as they do on disk.
-        return json.loads(json.dumps({"task": {"name": self.task, **task}, "model": model, "train": train}))
+        task = {"name": self.task, **asdict(self.make_task())}
+        settings = {"task": task, "model": asdict(self.model_config), "train": asdict(self.train_config)}
+        return json.loads(json.dumps(settings))  # tuples become lists, as they do on disk

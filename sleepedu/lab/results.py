@@ -1,6 +1,7 @@
 """The table of all stored runs: every task and model, means over seeds with their intervals, and what each cost."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sleepedu.intervals import Table, across_seeds
@@ -36,7 +37,7 @@ def label(run: Run) -> str:
     return ", ".join(filter(None, words))
 
 
-def aligned(rows: list[dict[str, Any]]) -> list[str]:
+def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
     """Return rows with the same names as the lines of a table: numbers with three digits, of a timing its median."""
 
     def shown(value: Any) -> str:

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ class Run:
 
     def make_task(self) -> Task:
         """Return the task as it was trained on."""
-        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in self.settings["task"].items()}
-        return TASKS[settings.pop("name")](**settings)
+        task = dict(self.settings["task"])
+        kind = TASKS[task.pop("name")]
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in task.items()})
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model.
@@ -217,19 +219,17 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        described = Path("/proc/cpuinfo").read_text()
-        return next(line.split(":", 1)[1].strip() for line in described.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # elsewhere than on Linux
+        described = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in described if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:
     """Return the commit the library stands at, "" outside a checkout of its own."""
-    command = ["git", "rev-parse", "HEAD", "--show-cdup"]
-    try:
+    command = ["git", "rev-parse", "HEAD", "--show-cdup"]  # the way up to the top of the checkout, if it is not here
+    with suppress(OSError, subprocess.SubprocessError, ValueError):  # no git, no checkout, or that of another project
         done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or no answer in time
-        return ""
-    commit, *up = done.stdout.split()
-    return "" if up else commit  # an installed package may lie inside the checkout of another project
+        (commit,) = done.stdout.split()
+        return commit
+    return ""

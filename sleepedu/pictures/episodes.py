@@ -18,14 +18,11 @@ def draw_episode(task: Task, episode: Episode, index: int = 0, answers: Tensor |
     Of a graph's questions it shows the first, or number ``query=``. Raises NotImplementedError for a task that has no
     picture (``task.text`` always works) and ValueError for an episode that is not of the task.
     """
-    wanted, found = (task.windows, task.window), tuple(episode.windows.shape[1:])
+    wanted = (task.windows, task.window, task.prompt_length)
+    found = (*episode.windows.shape[1:], episode.prompt.shape[1])
     if found != wanted:
-        raise ValueError(
-            f"the {task.name} task reads {wanted[0]} windows of {wanted[1]} tokens, "
-            f"the episode has {found[0]} of {found[1]}"
-        )
-    if (length := episode.prompt.shape[1]) != task.prompt_length:
-        raise ValueError(f"the {task.name} task asks with {task.prompt_length} tokens, the episode with {length}")
+        sizes = "{} windows of {} tokens and a prompt of {}"
+        raise ValueError(f"the {task.name} task has {sizes.format(*wanted)}, the episode {sizes.format(*found)}")
     return _picture(task, episode, index, answers, **how)
 
 
@@ -68,7 +65,7 @@ def _dials(task: MathReasoning, episode: Episode, index: int, answers: Tensor | 
     """Draw what depends on what, by number of operations; when one dial is asked, only what its answer takes."""
     facts, asked = task.facts(episode, index), task.asked_dials(episode, index)
     shows, arrows = {}, {}
-    for dial in facts if task.ask == "every" else derive(facts, *asked, task.digits):
+    for dial in facts if task.ask == "every" else derive(facts, next(iter(asked)), task.digits):
         number, form, sources = facts[dial]
         shows[dial] = str(derive(facts, dial, task.digits)[dial][0])
         arrows[dial] = dict.fromkeys(sources, {"more": f"+{number}", "less": f"−{number}"}.get(form, "+"))

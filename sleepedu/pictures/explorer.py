@@ -11,6 +11,8 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
 from typing import Any
 
 import ipywidgets
@@ -20,6 +22,10 @@ from PIL import Image
 from sleepedu import checks
 
 MOST_FRAMES, MOST_BYTES = 40, 300_000
+PAGE = Template(Path(__file__).with_name("explorer.html").read_text(encoding="utf-8"))
+CONTROL = Template("""
+<div class="explorer-control"><label for="$id">$name: <output for="$id">$first</output></label>
+<input type="range" id="$id" min="0" max="$last" step="1" value="0"></div>""")
 
 
 @dataclass
@@ -60,13 +66,6 @@ class Explorer:
             self._frames[n, depth] = small_png(self.draw(n, depth))
         return self._frames[n, depth]
 
-    def renew(self, seed: int) -> None:
-        """Make the example of this seed the present one. Raises what new_example raises; the one before then stays."""
-        if seed != self.seed and self.new_example is not None:
-            self._frames.clear()
-            self.new_example(seed)
-            self.seed = seed
-
     def widget(self) -> ipywidgets.Widget:
         """Return live sliders, with new_example also a seed and a button, which draw when they are used.
 
@@ -74,14 +73,17 @@ class Explorer:
         """
         sliders = [
             ipywidgets.SelectionSlider(options=values, description=name, style={"description_width": "initial"})
-            for name, values in self._sliders()
+            for name, values in zip(self.names, (self.passes, self.depths), strict=True)
         ]
         seed = ipywidgets.BoundedIntText(self.seed, min=0, max=checks.MOST_SEED, description="Seed")
         button = ipywidgets.Button(description="New example")
         picture, words = ipywidgets.Image(format="png"), ipywidgets.HTML()
 
         def show() -> None:
-            self.renew(seed.value)
+            if seed.value != self.seed and self.new_example is not None:
+                self._frames.clear()
+                self.new_example(seed.value)
+                self.seed = seed.value
             n, depth = (slider.value for slider in sliders)
             picture.value, words.value = self.frame(n, depth), html.escape(self.describe(n, depth))
 
@@ -114,14 +116,11 @@ class Explorer:
         data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
         key = f"explorer-{uuid.uuid4().hex[:8]}"
         controls = ""
-        for i, (name, values) in enumerate(self._sliders()):
+        for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True)):
             first = html.escape(str(values[0]))
-            controls += _CONTROL.format(id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=first)
+            controls += CONTROL.substitute(id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=first)
         described = html.escape(words[0], quote=True)
-        return _PAGE.format(id=key, controls=controls, first=frames[0], words=described, data=data)
-
-    def _sliders(self) -> list[tuple[str, Sequence[int | str]]]:
-        return list(zip(self.names, (self.passes, self.depths), strict=True))
+        return PAGE.substitute(id=key, controls=controls, first=frames[0], words=described, data=data)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
         # Put together here: a widget of ipywidgets 8 would return this, one of 7 only displays itself.
@@ -138,44 +137,3 @@ def small_png(figure: Figure) -> bytes:
     figure.savefig(raw, format="png")
     Image.open(raw).convert("RGB").quantize(64, kmeans=1).save(small, format="png", optimize=True)
     return small.getvalue()
-
-
-_CONTROL = """
-<div class="explorer-control"><label for="{id}">{name}: <output for="{id}">{first}</output></label>
-<input type="range" id="{id}" min="0" max="{last}" step="1" value="0"></div>"""
-
-_PAGE = """<div class="explorer" id="{id}">
-<style>
-.explorer {{max-width: 42rem; padding: .75rem 1rem; border: 1px solid #8884; border-radius: .5rem}}
-.explorer {{background: #fff; color: #222831}}
-.explorer-control {{display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; margin-bottom: .4rem}}
-.explorer-control label {{flex: 0 0 11rem; font-weight: 600}}
-.explorer-control output {{font-variant-numeric: tabular-nums}}
-.explorer-control input {{flex: 1 1 12rem; min-width: 8rem; accent-color: #1f4e9e}}
-.explorer-control input:focus-visible {{outline: 3px solid #1f4e9e; outline-offset: 3px}}
-.explorer img {{max-width: 100%; height: auto; display: block; margin: .5rem auto 0}}
-.explorer p {{margin: .5rem 0 0}}
-</style>{controls}
-<img src="data:image/png;base64,{first}" alt="{words}">
-<p aria-live="polite">{words}</p>
-<script type="application/json">{data}</script>
-<script>
-(() => {{
-  const box = document.getElementById("{id}");
-  const {{values, frames, words}} = JSON.parse(box.querySelector('script[type="application/json"]').textContent);
-  const sliders = [...box.querySelectorAll("input")], shown = [...box.querySelectorAll("output")];
-  const show = () => {{
-    const at = sliders.map((slider) => Number(slider.value));
-    at.forEach((index, i) => {{
-      shown[i].textContent = values[i][index];
-      sliders[i].setAttribute("aria-valuetext", values[i][index]);
-    }});
-    const frame = at[0] * values[1].length + at[1];
-    box.querySelector("img").src = "data:image/png;base64," + frames[frame];
-    box.querySelector("img").alt = words[frame];
-    box.querySelector("p").textContent = words[frame];
-  }};
-  sliders.forEach((slider) => slider.addEventListener("input", show));
-  show();
-}})();
-</script></div>"""

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 from sleepedu.intervals import Table, across_seeds
 
@@ -24,6 +23,7 @@ OTHER_COLOURS = ("#7A7F87", "#B0417A", "#8C6D1F", "#3D8A8A")
 # A node's edge and what fills it.
 PLAIN_NODE, ASKED_NODE = (FAINT, "white"), (PASS_COLOURS[4], "#DCE8FA")
 RIGHT_NODE, WRONG_NODE = (RIGHT, "#D8F0E4"), (WRONG, "#FBE3D6")
+CENTRED: Any = {"ha": "center", "va": "center"}
 BEST_CONSTANT: Any = {"color": INK, "ls": (0, (4, 3)), "lw": 1.2, "label": "best constant answer"}
 BESIDE: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 10}  # where a legend stands
 STYLE: Any = {
@@ -104,9 +104,7 @@ def learning_curves(histories: Mapping[str, Sequence[Any]], value: str = "loss")
     return figure
 
 
-def lines(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str, y_name: str, log_x: bool = False
-) -> Figure:
+def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str, y_name: str) -> Figure:
     """Draw labelled curves, each a pair of x and y values, with plain axes."""
     palette = list(PASS_COLOURS.values())
     with new_figure(6.4, 3.6) as (figure, axes):
@@ -114,8 +112,6 @@ def lines(
             shade = colour(label, position) if label.startswith("N=") else palette[position % len(palette)]
             axes.plot(x, y, color=shade, marker="o" if len(x) <= 16 else None, ms=4, label=label)
         axes.set(xlabel=x_name, ylabel=y_name)
-        if log_x:
-            axes.set_xscale("log", base=2)
         if len(curves) > 1:
             axes.legend(**BESIDE)
     return figure
@@ -160,15 +156,13 @@ def space_time(diagram: Sequence[Sequence[int]], asked: Sequence[int], given: Se
             for x, bit in enumerate(row):
                 _cell(axes, x, y, bit, frame=PASS_COLOURS[4] if y == last and x in asked else None)
         if given is not None:
-            below, wrong = rows + 0.5, 0
+            below = rows + 0.5
+            wrong = [x for x, bit in zip(asked, given, strict=True) if bit != diagram[last][x]]
             for x, bit in zip(asked, given, strict=True):
-                right = bit == diagram[last][x]
-                _cell(axes, x, below, bit, frame=RIGHT if right else WRONG)
-                if not right:
-                    wrong += 1
-                    cross: Any = {"color": WRONG, "fontsize": 13, "weight": "bold"}
-                    axes.text(x + 0.5, below + 0.5, "×", ha="center", va="center", **cross)
-            ticks.append((below, "the model: " + (f"{wrong} wrong" if wrong else "all right")))
+                _cell(axes, x, below, bit, frame=WRONG if x in wrong else RIGHT)
+            for x in wrong:
+                axes.text(x + 0.5, below + 0.5, "×", **CENTRED, color=WRONG, fontsize=13, weight="bold")
+            ticks.append((below, "the model: " + (f"{len(wrong)} wrong" if wrong else "all right")))
         axes.set(xlim=(-0.1, cells + 0.1), ylim=(ticks[-1][0] + 1.1, -0.1), aspect="equal", xticks=[])
         axes.set_yticks([y + 0.5 for y, _ in ticks], [label for _, label in ticks])
         _without_frame(axes)
@@ -199,8 +193,7 @@ def dependencies(
     tallest = max(len(names) for names in columns.values())
     wrong = {name: answer for name, answer in (given or {}).items() if answer != shows[name]}
     kinds = dict.fromkeys(asked, ASKED_NODE) | dict.fromkeys(given or (), RIGHT_NODE) | dict.fromkeys(wrong, WRONG_NODE)
-    label = {"ha": "center", "va": "center", "zorder": 2, "fontsize": 10}
-    label["bbox"] = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
     with new_figure(1.35 * (max(columns) + 1) + 0.4, 0.85 * tallest + 1.2) as (figure, axes):
         for name in arrows:
             x, y = place[name]
@@ -210,12 +203,11 @@ def dependencies(
                 bend = -bend if before > y else bend
                 _arrow(axes, (left, before), (x, y), PASS_COLOURS[4], 1.5, -bend, zorder=1)
                 middle = (x + left) / 2 + bend * (y - before) * 0.3, (y + before) / 2 - bend * (x - left) * 0.75
-                axes.text(*middle, done, **label)
+                axes.text(*middle, done, **CENTRED, fontsize=10, bbox=box, zorder=2)
             _node(axes, (x, y), shows[name], kinds.get(name, PLAIN_NODE), size=24)
-            axes.text(x, y + 0.34, name, ha="center", va="center", fontsize=9, zorder=4)
+            axes.text(x, y + 0.34, name, **CENTRED, fontsize=9, zorder=4)
             if name in wrong:
-                cross: Any = {"color": WRONG, "weight": "bold", "zorder": 4}
-                axes.text(x + 0.22, y - 0.26, f"×{wrong[name]}", ha="left", va="center", **cross)
+                axes.text(x + 0.22, y - 0.26, f"×{wrong[name]}", va="center", color=WRONG, weight="bold", zorder=4)
         if given is not None:
             axes.set_title("the model: " + (f"{len(wrong)} of {len(given)} wrong (×)" if wrong else "all right"))
         axes.set(xlim=(-0.5, max(columns) + 0.5), ylim=(tallest / 2 + 0.1, -tallest / 2 - 0.05))
@@ -224,7 +216,7 @@ def dependencies(
     return figure
 
 
-def fast_weights(S: ArrayLike) -> Figure:
+def fast_weights(S: Any) -> Figure:
     """Draw S after every pass, a row per head, on one colour scale: blue negative, red positive, white zero.
 
     S: (passes, heads, d_v, d_k), of one example and layer, as ``trace.stack()[1:, 0, 0]`` has it.
@@ -236,11 +228,9 @@ def fast_weights(S: ArrayLike) -> Figure:
         for (head, n), axes in np.ndenumerate(grid):
             axes.imshow(S[n, head], cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
+            axes.set_title("" if head else f"pass {n + 1}", fontsize=10)
+            axes.set_ylabel("" if n else f"head {head + 1}", fontsize=10)
             axes.grid(False)
-        for n, axes in enumerate(grid[0], start=1):
-            axes.set_title(f"pass {n}", fontsize=10)
-        for head, axes in enumerate(grid[:, 0], start=1):
-            axes.set_ylabel(f"head {head}", fontsize=10)
     return figure
 
 
@@ -283,7 +273,7 @@ def shares(
             for (y, x), share in np.ndenumerate(values):
                 if math.isfinite(share):
                     ink = "white" if (share - floor) / (1 - floor) > 0.75 else INK
-                    axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=ink)
+                    axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", **CENTRED, color=ink)
             axes.set(xlim=(0, len(columns)), ylim=(tallest[position // across], 0), title=title)
             axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(column) for column in columns])
             axes.set_yticks([y + 0.5 for y in range(len(rows))], list(rows))
@@ -307,7 +297,7 @@ def _without_frame(axes: Any) -> None:
 def _node(axes: Any, place: tuple[float, float], text: str, kind: tuple[str, str], size: float) -> None:
     edge, fill = kind
     axes.plot(*place, marker="o", ms=size, mec=edge, mfc=fill, mew=2, zorder=3)
-    axes.text(*place, text, ha="center", va="center", fontsize=11, zorder=4)
+    axes.text(*place, text, **CENTRED, fontsize=11, zorder=4)
 
 
 def _arrow(axes: Any, source: tuple, target: tuple, shade: str, width: float, bend: float, zorder: int) -> None:

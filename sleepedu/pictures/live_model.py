@@ -1,13 +1,10 @@
 """The trained models of the book's first page: their weights, rounded, as a script that needs no server.
 
 ``book/_extra/live/model.js`` is the same model in JavaScript and reads what is written here. A page opened from disk
-may load scripts but no data, so the weights are a script too. Four models in eight bits would take half a megabyte in
-base64, a third of it overhead. Here a matrix has one scale a row and a number is one printable character, 91 levels.
-
-That is too coarse at one place. Queries and keys are divided by their length, so an error that is small beside a row's
-largest weight is large beside a query that happens to be short: one of the models then lost its way from one node.
-What a query is made of, the embedding, the projection and the taps of the convolution, has two characters a number,
-8,281 levels. The tests hold the rounded models to the stored tables.
+may load scripts but no data, so the weights are a script too. A matrix has one scale a row, and a number is a printable
+character, 91 levels. Queries and keys are divided by their length, so an error that is small beside a row's largest
+weight is large beside a query that happens to be short. What a query is made of, the embedding, the projection and the
+taps of the convolution, has two characters a number. The tests hold the rounded models to the stored tables.
 """
 
 import base64
@@ -18,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -84,16 +82,14 @@ def script(runs: Sequence[Any]) -> str:
 
 
 def _pack_model(model: SleepLM) -> dict[str, Any]:
-    weights = model.state_dict()
+    weights, (heads, _, key_size) = model.state_dict(), model.config.state_shape
     packed: dict[str, Any] = {name: pack_weights(tensor) for name, tensor in weights.items()}
-    heads, _, key_size = model.config.state_shape
-    finely = ["embedding.weight"]
     for index in model.fast_layers:
-        finely.append(f"layers.{index}.mixer.taps")
-        name = f"layers.{index}.mixer.project.weight"
-        queries_and_keys, others = weights[name].tensor_split([2 * heads * key_size])
-        packed[name] = [pack_weights(queries_and_keys, 2), pack_weights(others)]
-    return packed | {name: pack_weights(weights[name], 2) for name in finely}
+        project, taps = f"layers.{index}.mixer.project.weight", f"layers.{index}.mixer.taps"
+        parts = weights[project].tensor_split([2 * heads * key_size])  # queries and keys, everything else
+        packed[project] = [pack_weights(part, characters) for part, characters in zip(parts, (2, 1), strict=True)]
+        packed[taps] = pack_weights(weights[taps], 2)
+    return packed | {"embedding.weight": pack_weights(weights["embedding.weight"], 2)}
 
 
 def pack_weights(tensor: Tensor, characters: int = 1) -> dict[str, Any]:
@@ -163,13 +159,12 @@ def still(models: Mapping[int, SleepLM]) -> Figure:
             logits, trace = ask(models[passes], passes, RING, TOLD, START, HOPS)
             matrices = trace.stack(0)[1:, 0, 0]  # (passes, heads, d_v, d_k)
             reach = matrices.abs().quantile(0.995).item()
-            for number, picture in enumerate(row[:-1]):
+            for picture in row[:-1]:
                 picture.axis("off")
-                if number < passes:
-                    one, two, three, four = matrices[number]
-                    square = torch.cat([torch.cat([one, two], dim=1), torch.cat([three, four], dim=1)])
-                    picture.imshow(square.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
-                    picture.set_title(f"pass {number + 1}", fontsize=9.5, loc="center")
+            for number, (picture, S) in enumerate(zip(row, matrices, strict=False), start=1):
+                square = rearrange(S, "(two more) v k -> (two v) (more k)", two=2).numpy()
+                picture.imshow(square, cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+                picture.set_title(f"pass {number}", fontsize=9.5, loc="center")
             _draw_answer(row[-1], logits.softmax(-1), walk[-1], f"N = {passes}")
         figure.suptitle(f"Asked: {HOPS} hops after {walk[0]}. The arrows go {' → '.join(walk)}.", fontsize=11.5)
     return figure

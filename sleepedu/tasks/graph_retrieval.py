@@ -104,8 +104,7 @@ class GraphRetrieval(Task):
 
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
-        padding, row = len(self.words) - 1, torch.arange(batch)[:, None]
-        place = torch.arange(self.nodes)
+        padding, row, place = len(self.words) - 1, torch.arange(batch)[:, None], torch.arange(self.nodes)
         length = self._lengths(batch, generator, depth)[:, None]
         cycle = self._draw_cycle(length, generator)
         shuffled = torch.rand(batch, self.nodes, generator=generator)

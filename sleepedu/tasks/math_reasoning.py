@@ -128,8 +128,7 @@ class MathReasoning(Task):
             targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
             targets[..., -1], depths[..., -1] = digit, operations
         else:
-            low, high = (1, self.operations) if depth is None else (depth, depth)
-            depths = torch.randint(low, high + 1, (batch, 1), generator=generator)
+            depths = torch.randint(depth or 1, (depth or self.operations) + 1, (batch, 1), generator=generator)
             asked = graph.any_of(depths)
             targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self.words.index("="))
             before, after = (torch.tensor(self.encode(words)).expand(batch, -1) for words in ("what does", "show ?"))

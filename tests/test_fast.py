@@ -9,8 +9,9 @@ import torch
 from test_fast_weights import NAMES, assert_same, make_inputs, outputs_and_gradients
 from torch import library
 
-from sleepedu.fast import cpp as kernel
-from sleepedu.fast.cpp import MULTIPLES, gated_delta_fast
+from sleepedu import fast
+from sleepedu.fast import cpp, gated_delta_fast
+from sleepedu.fast.cpp import MULTIPLES
 from sleepedu.fast_weights import gated_delta, gated_delta_chunked
 
 compiled = pytest.mark.usefixtures("compiler")
@@ -18,7 +19,7 @@ compiled = pytest.mark.usefixtures("compiler")
 
 @pytest.fixture(scope="session")
 def compiler():
-    if not kernel.is_available():
+    if not fast.cpp_is_available():
         missing = pytest.fail if os.environ.get("CI") else pytest.skip
         missing("no C++ compiler on this machine: install g++ or clang++, or set CXX to one")
 
@@ -26,8 +27,8 @@ def compiler():
 @pytest.fixture
 def calls(monkeypatch):
     """Return the names of the compiled functions that are called meanwhile."""
-    names, call = [], kernel._call
-    monkeypatch.setattr(kernel, "_call", lambda name, *tensors: names.append(name) or call(name, *tensors))
+    names, call = [], cpp._call
+    monkeypatch.setattr(cpp, "_call", lambda name, *tensors: names.append(name) or call(name, *tensors))
     return names
 
 
@@ -97,16 +98,16 @@ def test_no_sequence_is_no_error():
 @compiled
 def test_torch_takes_it_for_an_operator():
     inputs = make_inputs(2, 2, 5, 16, 16, dtype=torch.float32)
-    library.opcheck(kernel._forward, inputs)
-    o, w, S_end = kernel._forward(*inputs)
-    library.opcheck(kernel._backward, (*inputs, o, w, torch.ones_like(o), torch.ones_like(S_end)))
+    library.opcheck(cpp._forward, inputs)
+    o, w, S_end = cpp._forward(*inputs)
+    library.opcheck(cpp._backward, (*inputs, o, w, torch.ones_like(o), torch.ones_like(S_end)))
 
 
 @compiled
 def test_no_memory_for_the_gradient_is_told(monkeypatch):
     inputs = make_inputs(1, 1, 5, 16, 16, dtype=torch.float32)
-    call = kernel._call
-    monkeypatch.setattr(kernel, "_call", lambda name, *tensors: name.endswith("backward") or call(name, *tensors))
+    call = cpp._call
+    monkeypatch.setattr(cpp, "_call", lambda name, *tensors: name.endswith("backward") or call(name, *tensors))
     with pytest.raises(MemoryError, match="for S after each of 5 tokens: take a shorter window"):
         outputs_and_gradients(gated_delta_fast, inputs)
 
@@ -122,26 +123,26 @@ def test_what_there_is_no_code_for_goes_in_chunks(d_k, d_v, dtype, calls):
 
 def test_one_can_do_without(calls):
     inputs = make_inputs(1, 2, 7, 16, 16, dtype=torch.float32)
-    before = kernel.is_available()
-    with kernel.without():
-        assert not kernel.is_available()
-        with kernel.without():
+    before = fast.cpp_is_available()
+    with fast.without_cpp():
+        assert not fast.cpp_is_available()
+        with fast.without_cpp():
             pass
         found = gated_delta_fast(*inputs)
-    assert kernel.is_available() is before and not calls
+    assert fast.cpp_is_available() is before and not calls
     torch.testing.assert_close(found, gated_delta_chunked(*inputs), rtol=0, atol=0)
 
 
 @pytest.fixture
 def fresh():
-    kernel._code.cache_clear()
+    cpp.compiled_code.cache_clear()
     yield
-    kernel._code.cache_clear()
+    cpp.compiled_code.cache_clear()
 
 
 def test_without_a_compiler_there_is_none(fresh, monkeypatch):
-    monkeypatch.setattr(kernel.shutil, "which", lambda name: None)
-    assert not kernel.is_available()
+    monkeypatch.setattr(cpp.shutil, "which", lambda name: None)
+    assert not fast.cpp_is_available()
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo nothing > ${@: -1}", "sleep 0"])
@@ -150,12 +151,12 @@ def test_a_compiler_that_fails_is_as_good_as_none(fresh, monkeypatch, tmp_path, 
     compiler.write_text(f"#!/bin/bash\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert not kernel.is_available()
+    assert not fast.cpp_is_available()
 
 
 @compiled
 def test_a_compiler_without_openmp_and_native_will_do(fresh, monkeypatch):
-    monkeypatch.setattr(kernel, "FURTHER", (("-fno-such-flag",), ()))
+    monkeypatch.setattr(cpp, "FURTHER", (("-fno-such-flag",), ()))
     inputs = make_inputs(2, 2, 70, 64, 4, dtype=torch.float32)
     assert_same(outputs_and_gradients(gated_delta_fast, inputs), recurrence(inputs), 1e-5)
 
@@ -170,6 +171,6 @@ def test_wrong_shape_is_named(wrong):
 
 @compiled
 def test_processes_that_start_together_do_not_meet():
-    code = "from sleepedu import kernel; assert kernel.is_available()"
+    code = "from sleepedu import fast; assert fast.cpp_is_available()"
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(120) for process in started] == [0, 0]
