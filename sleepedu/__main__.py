@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from sleepedu import checks, files
 from sleepedu.evaluation import accuracy_by_depth
-from sleepedu.intervals import Table, differing
+from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, reproduction, run_store
 from sleepedu.lab import results as tables
 from sleepedu.pictures import live_model
@@ -69,7 +69,8 @@ def train(options: argparse.Namespace) -> None:
     run = experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)
     if run is not None:  # the first rank has it
         print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
-        _print_accuracy(run, run.table)
+        depth_name = run.make_task().depth_name
+        print(*tables.aligned([{depth_name: depth, **asdict(a)} for depth, a in run.table.items()]), sep="\n")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -83,20 +84,21 @@ def evaluate(options: argparse.Namespace) -> int:
     comparisons = sum(len(run.table) for run in runs)
     measured, apart = [], 0
     for run in runs:
-        model, passes = run.load_model(options.device), run.experiment.passes
-        table = accuracy_by_depth(model, run.make_task(), passes, options.examples, options.seed)
+        task, model, passes = run.make_task(), run.load_model(options.device), run.experiment.passes
+        table = accuracy_by_depth(model, task, passes, options.examples, options.seed)
         differs = differing(table, run.table, comparisons)
         apart += len(differs)
         again = {"seed_of_examples": options.seed, "depths": run_store.plain_table(table), "differs": differs}
         measured.append({**run.row(), "stored": run_store.plain_table(run.table), **again})
         if not options.json:
-            print(run.name)
-            _print_accuracy(run, table, differs)
-    told = (
-        f"{apart or 'none'} of {comparisons} accuracies on examples of seed {options.seed} "
-        f"{'differs' if apart < 2 else 'differ'} from the stored by more than chance explains"
-    )
-    print(json.dumps(measured, indent=1) if options.json else told)
+            beside = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}
+            shown = [{task.depth_name: depth, **asdict(a), **beside[depth]} for depth, a in table.items()]
+            print(run.name, *tables.aligned(shown), sep="\n", flush=True)
+    if options.json:
+        print(json.dumps(measured, indent=1))
+    else:
+        print(f"{apart or 'none'} of {comparisons} accuracies on examples of seed {options.seed}", end=" ")
+        print(f"{'differs' if apart < 2 else 'differ'} from the stored by more than chance explains")
     return 1 if apart else 0
 
 
@@ -134,29 +136,21 @@ def reproduce(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> None:
     device = run_store.find_device(options.device)
-    figures = benchmark.bench(device, tuple(options.only), lambda line: print(line, file=sys.stderr))
-    lines = [f"{name} {value}" for name, value in figures["machine"].items()]
+    figures: dict[str, Any] = {"machine": run_store.machine(device)}
     for part in options.only:
-        lines += ["", f"{part}, milliseconds (median)", *tables.aligned(figures[part])]
-    print(json.dumps(figures, indent=1) if options.json else "\n".join(lines))
+        print(f"measuring: {part}", file=sys.stderr)
+        figures[part] = list(benchmark.PARTS[part](device))
+    if options.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        print(figures["machine"]["processor"], figures["machine"]["threads"], "threads; milliseconds (median)")
+        print(*("\n".join(["", part, *tables.aligned(figures[part])]) for part in options.only), sep="\n")
 
 
 def export_live(options: argparse.Namespace) -> None:
     runs = [run_store.load_run(options.runs / name) for name in live_model.RUNS]
     for path in live_model.export(runs, options.to):
         print(f"{path}: {path.stat().st_size:,} bytes")
-
-
-def _print_accuracy(run: run_store.Run, table: Table, differs: list[int] | None = None) -> None:
-    """Print a run's accuracy by depth; where it was measured again, beside what is stored, and where that differs."""
-    rows = []
-    for depth, a in table.items():
-        row = {run.make_task().depth_name: depth, "accuracy": a.accuracy, "95% interval": f"{a.low:.3f} - {a.high:.3f}"}
-        row["best constant answer"] = a.majority
-        if differs is not None:
-            row |= {"stored": run.table[depth].accuracy, "": "differs" if depth in differs else ""}
-        rows.append(row)
-    print("\n".join(tables.aligned(rows)), flush=True)
 
 
 def _fail(message: str, on_every_rank: bool = False) -> int:

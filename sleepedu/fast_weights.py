@@ -100,7 +100,8 @@ def gated_delta_chunked(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     outputs = []
-    for piece in zip(*(tensor.split(chunk, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
+    pieces = -(-q.shape[2] // chunk)
+    for piece in zip(*(tensor.chunk(pieces, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
         o, S = _one_chunk(S, *piece)
         outputs.append(o)
     return torch.cat(outputs, dim=2), S

@@ -179,7 +179,8 @@ def train(
 def begin_training(model: SleepLM, task: Task, config: TrainConfig) -> TrainingState:
     """Return the state of a run before its first step."""
     device = model.head.weight.device
-    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    scale = 2.0**16 / rank_and_ranks()[1]  # a rank's gradients are so many times larger before they are averaged
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
     history = History(tokens_per_step=config.batch * task.tokens_per_example, majority_loss=majority_loss(task))
     return TrainingState(model, make_optimizers(model, config), scaler, history, sums=torch.zeros(3, device=device))
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleepedu import checkpoint, distributed, training
+from sleepedu import checkpoint, training
 from sleepedu.checkpoint import Checkpoint
-from sleepedu.lab import experiments
+from sleepedu.lab import experiments, run_store
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.tasks.base import UNSCORED
 from sleepedu.training import TrainConfig, train
@@ -22,7 +22,6 @@ from sleepedu.training import TrainConfig, train
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no Gloo here"
 )
-CPU = torch.device("cpu")
 CONFIG = TrainConfig(passes=2, steps=4, batch=4, warmup=3)
 SMOKE = ["train", "graph", "--size", "smoke", "--steps", "4", "--examples", "20", "--device", "cpu", "--no-compile"]
 
@@ -72,14 +71,14 @@ def train_all(runs, folder=None):
             watched.append(history.step[-1])
 
         # No rank sees the other's folder, as if they were on two machines.
-        own = folder and folder / f"rank{os.environ.get('RANK', 0)}"
-        with pytest.MonkeyPatch.context() as patch, distributed.process_group(CPU):
+        own = folder and Checkpoint(folder / f"rank{os.environ.get('RANK', 0)}")
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
             for module in (checkpoint, training):
                 patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
             history = None
             with contextlib.suppress(Interrupted):
-                history = train(model, task, config, own, watch)
+                history = train(model, task, config, watch, own)
         done.append(
             SimpleNamespace(history=history, weights=model.state_dict(), gradients=gradients[0], watched=watched)
         )
@@ -91,20 +90,20 @@ def assert_same_weights(weights, others):
         assert torch.equal(x, others[name]), name
 
 
-def as_rank(rank, function, arguments, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+def as_rank(rank, function, arguments, folder):
+    os.environ["RANK"] = str(rank)
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save(function(*arguments), folder / f"returned{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
 def on_two_ranks(tmp_path):
-    """Call a function of this module in two processes, as torchrun would; return what it returned in each."""
+    """Call a function of this module in two processes that train together; return what it returned in each."""
 
     def call(function, *arguments):
-        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        torch.multiprocessing.spawn(as_rank, (function, arguments, store.port, tmp_path), nprocs=2)
+        torch.multiprocessing.spawn(as_rank, (function, arguments, tmp_path), nprocs=2)
         return [torch.load(tmp_path / f"returned{rank}.pt", weights_only=False) for rank in (0, 1)]
 
     return call
@@ -161,7 +160,7 @@ def test_only_the_first_rank_writes_and_every_rank_resumes_from_it(make_model, o
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(make_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "ranks", lambda: 3)
+    monkeypatch.setattr(training, "rank_and_ranks", lambda: (0, 3))
     with pytest.raises(ValueError, match="a batch of 4 does not divide into equal shares for 3 ranks"):
         train(make_model(), Questions(), CONFIG, checkpoint=Checkpoint(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -169,11 +168,12 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(make_model, mon
 
 def test_too_few_cuda_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+    settings = {"TORCHELASTIC_RUN_ID": "a", "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     with (
-        pytest.raises(ValueError, match="needs a CUDA device: this machine has 1, none for rank 1"),
-        distributed.process_group(torch.device("cuda")),
+        pytest.raises(ValueError, match="every rank needs a CUDA device: this machine has 1 for 2"),
+        experiments.ranks_together(torch.device("cuda"), batch=4),
     ):
         pass
 
@@ -201,8 +201,8 @@ def assert_fails(done, message):
 def test_torchrun_trains_and_stores_one_run(tmp_path):
     done = torchrun(2, "-m", "sleepedu", *SMOKE, "--passes", 2, "--runs", tmp_path / "two")
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.count("step 4/4") == done.stdout.count("hops k") == 1
-    (two,) = experiments.stored_runs(tmp_path / "two")
+    assert "| 4/4 " in done.stdout and done.stdout.count("hops k") == 1
+    (two,) = run_store.stored_runs(tmp_path / "two")
     one = experiments.run(two.experiment, "cpu", tmp_path / "one", examples=20)
     assert sorted(file.name for file in two.path.iterdir()) == ["run.json", "weights.pt"]
     assert (one.provenance["ranks"], two.provenance["ranks"]) == (1, 2)
@@ -232,12 +232,3 @@ def test_an_error_in_one_rank_ends_them_all(tmp_path):
     )
     done = torchrun(2, program, *SMOKE, "--quiet", "--runs", tmp_path)
     assert_fails(done, "the disk of rank 1 is gone")
-
-
-def test_a_rank_that_can_ask_nobody_says_itself_why_it_fails(monkeypatch):
-    def refuse():
-        raise RuntimeError("connection refused")
-
-    monkeypatch.setattr(distributed, "launched", lambda: True)
-    monkeypatch.setattr(distributed, "_store", refuse)
-    assert distributed.first_to_fail()

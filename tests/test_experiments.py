@@ -93,13 +93,13 @@ VARIANTS = (
 )
 
 
-def test_every_experiment_has_its_own_name_and_fingerprint():
+def test_every_experiment_has_its_own_name_and_settings():
     variants = [Experiment("graph", "smoke", **variant) for variant in VARIANTS]
-    fingerprints = {run_store.fingerprint(e.settings) for e in variants}
-    assert len(fingerprints) == len({e.name for e in variants}) == len(variants)
+    settings = {json.dumps(e.settings) for e in variants}
+    assert len(settings) == len({e.name for e in variants}) == len(variants)
 
 
-def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
+def test_settings_change_with_every_setting_of_a_recipe(monkeypatch):
     changed = {
         "task": {"nodes": 7, "hops": 2, "queries": 5, "windows": 2, "shortest": 4}
         | {"tested": (1, 2), "name_tokens": 2},
@@ -114,12 +114,12 @@ def test_a_fingerprint_changes_with_every_setting_of_a_recipe(monkeypatch):
     assert covered["task"] == set(changed["task"]) | {"name"}
     assert covered["model"] == set(changed["model"]) | {"vocabulary", "carry"}
     assert covered["train"] == set(changed["train"]) | {"passes", "seed"}
-    seen = {run_store.fingerprint(experiment.settings)}
+    seen = {json.dumps(experiment.settings)}
     for part, settings in changed.items():
         for name, value in settings.items():
             recipe: Recipe = replace(base, **{part: {**getattr(base, part), name: value}})
             monkeypatch.setattr(recipes, "RECIPES", {("graph", "smoke"): recipe})
-            seen.add(run_store.fingerprint(experiment.settings))
+            seen.add(json.dumps(experiment.settings))
     assert len(seen) == 1 + sum(len(settings) for settings in changed.values())
 
 
@@ -150,7 +150,7 @@ def test_wrong_experiments_are_named(settings, message):
 def test_a_finished_run_is_whole(tiny_run, tiny_experiment):
     assert sorted(file.name for file in tiny_run.path.iterdir()) == ["run.json", "weights.pt"]
     stored = json.loads((tiny_run.path / "run.json").read_text())
-    assert stored["fingerprint"] == run_store.fingerprint(tiny_experiment.settings)
+    assert stored["fingerprint"] == run_store.json_checksum(tiny_experiment.settings)[:16]
     assert stored["version"] == run_store.VERSION
     assert tiny_run.name == tiny_experiment.name == "graph-smoke-sleep-N2-4steps-seed0"
     assert tiny_run.experiment == tiny_experiment
@@ -237,14 +237,6 @@ def test_a_run_of_another_version_is_refused(copy_of_run):
         load_run(copy_of_run)
 
 
-def test_a_run_with_edited_settings_is_refused(copy_of_run, tiny_run):
-    settings = json.loads(json.dumps(tiny_run.settings))
-    settings["train"]["learning_rate"] = 0.1
-    rewrite(copy_of_run, settings=settings)
-    with pytest.raises(ValueError, match=r"run.json was changed: it does not have the checksum it states"):
-        load_run(copy_of_run)
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe\x00", b'{"table": 1}'], ids=repr)
 def test_a_broken_run_is_refused(content, copy_of_run):
     (copy_of_run / "run.json").write_bytes(content)
@@ -272,12 +264,6 @@ def test_truncated_weights_are_refused(keep, copy_of_run):
     file = copy_of_run / "weights.pt"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
-    with pytest.raises(ValueError, match=r"weights.pt does not hold this run's weights"):
-        load_run(copy_of_run).load_model()
-
-
-def test_weights_of_another_model_are_refused(copy_of_run, make_model):
-    torch.save(make_model().state_dict(), copy_of_run / "weights.pt")
     with pytest.raises(ValueError, match=r"weights.pt does not hold this run's weights"):
         load_run(copy_of_run).load_model()
 

@@ -24,7 +24,6 @@ from sleepedu.fast import gated_delta_fast, without_cpp
 from sleepedu.fast.compiling import can_compile, compiled_blocks, keep_freed_memory
 from sleepedu.fast_weights import gated_delta_chunked
 from sleepedu.lab.recipes import RECIPES, Experiment
-from sleepedu.lab.run_store import machine
 from sleepedu.layers import WindowCache
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.session import Session
@@ -44,18 +43,6 @@ PEERS = {  # where there is another library with the same rule
 }
 
 Row = dict[str, Any]
-
-
-def bench(device: torch.device, parts: tuple[str, ...], watch: Callable[[str], None]) -> dict[str, Any]:
-    """Return the figures of the given parts, a list of rows each, with the machine they were measured on.
-
-    parts: names in ``PARTS``. watch is told what is being measured.
-    """
-    figures: dict[str, Any] = {"machine": machine(device)}
-    for part in parts:
-        watch(f"measuring: {part}")
-        figures[part] = list(PARTS[part](device))
-    return figures
 
 
 def alternately(
@@ -90,17 +77,12 @@ def count_operations(function: Callable[[], object]) -> int:
     Triangular solves and attention count too, attention with its whole square; elementwise operations do not. The rule
     is run in chunks meanwhile, because those are products.
     """
-    aten = torch.ops.aten
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={aten.linalg_solve_triangular: lambda A, right, **options: math.prod(A) * right[-1]},
-    )
-    for name, like in (
-        ("baddbmm_", "baddbmm"),
-        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
-        ("_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward"),
-    ):  # what the counter leaves out, though it knows how to count it under another name
-        counter.flop_registry[getattr(aten, name)] = flop_registry[getattr(aten, like)]
+    aten, attention = torch.ops.aten, "_scaled_dot_product_flash_attention"
+    solve = {aten.linalg_solve_triangular: lambda A, right, **options: math.prod(A) * right[-1]}
+    counter = FlopCounterMode(display=False, custom_mapping=solve)
+    for end in ("", "_backward"):  # it knows how to count attention, but leaves out what that is called on a CPU
+        known = flop_registry[getattr(aten, attention + end)]
+        counter.flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = known
     with without_cpp(), counter:
         function()
     return counter.get_total_flops()
@@ -109,17 +91,18 @@ def count_operations(function: Callable[[], object]) -> int:
 def time_rule(device: torch.device) -> Iterator[Row]:
     """Time the gated delta rule, forward and backward, against another library's, where one is installed."""
     library, module, name = PEERS[device.type]
-    rules = {"ours": partial(_turned, gated_delta_fast), "chunked": partial(_turned, gated_delta_chunked)}
+    rules: dict[str, Callable] = {"ours": gated_delta_fast, "chunked": gated_delta_chunked}
     with contextlib.suppress(ImportError):
         rules["theirs"] = partial(_theirs, getattr(importlib.import_module(module), name))
     for batch, heads, length, size in RULE_SHAPES:
         draw = torch.Generator().manual_seed(0)
         q, k, v, do = (torch.randn(batch, length, heads, size, generator=draw) for _ in range(4))
         log_a, b = (torch.rand(batch, length, heads, generator=draw) for _ in range(2))
-        S, dS = torch.zeros(2, batch, heads, size, size)
-        inputs = (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -0.1 * log_a, b, S)
-        given, gradients = [x.to(device).requires_grad_() for x in inputs], [x.to(device) for x in (do, dS)]
-        ways = {way: partial(_there_and_back, rule, given, gradients) for way, rule in rules.items()}
+        tokens = (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -0.1 * log_a, b, do)
+        *inputs, do = (x.to(device).transpose(1, 2) for x in tokens)  # in memory as projections are, (b, l, h, ...)
+        S, dS = torch.zeros(2, batch, heads, size, size, device=device)
+        given = [x.requires_grad_() for x in (*inputs, S)]
+        ways = {way: partial(_there_and_back, rule, given, (do, dS)) for way, rule in rules.items()}
         row: Row = {"batch": batch, "heads": heads, "length": length, "size": size, **alternately(ways, device)}
         if "theirs" in ways:
             row["peer"] = f"{library} {metadata.version(library)}"
@@ -128,18 +111,13 @@ def time_rule(device: torch.device) -> Iterator[Row]:
         yield row
 
 
-def _turned(rule: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    *tokens, S = inputs  # (b, l, h, ...), as the others have them
-    o, S = rule(*(x.transpose(1, 2) for x in tokens), S)
+def _theirs(peer: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *tokens, S = inputs  # their S is transposed, and their queries are scaled
+    o, S = peer(*(x.transpose(1, 2) for x in tokens), initial_state=S, output_final_state=True)
     return o.transpose(1, 2), S
 
 
-def _theirs(rule: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    *tokens, S = inputs  # their S is transposed, and their queries are scaled
-    return rule(*tokens, initial_state=S, output_final_state=True)
-
-
-def _there_and_back(rule: Callable, given: list[Tensor], gradients: list[Tensor]) -> Tensor:
+def _there_and_back(rule: Callable, given: list[Tensor], gradients: tuple[Tensor, Tensor]) -> Tensor:
     o, S = rule(*given)
     torch.autograd.grad((o, S), given, gradients)
     return o

@@ -167,12 +167,11 @@ def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any
     answers["facts"] = [read_out(facts, labels, classes)]
     answers["constant"] = [labels[0].mode(dim=0).values.expand_as(labels[2])]
 
-    def shares(counted: Any) -> Shares:
-        return {
-            reader: [_shares(given, counted(given == labels[2])) for given in answers[reader]] for reader in READERS
-        }
-
-    each, whole = shares(lambda right: right.double().mean(dim=2)), shares(lambda right: right.all(dim=2).double())
+    each, whole = {}, {}
+    for reader in READERS:
+        right = [(given, given == labels[2]) for given in answers[reader]]
+        each[reader] = [_shares(given, same.double().mean(dim=2)) for given, same in right]
+        whole[reader] = [_shares(given, same.all(dim=2).double()) for given, same in right]
     return {"steps": steps, "examples": examples, "each": each, "whole": whole}
 
 
@@ -189,7 +188,7 @@ def _read(
 
     windows: (b, l) of the examples to fit, to choose and to test; labels: (b, steps, items) of the same.
     """
-    classes, questions = int(labels[0].max()) + 1, _questions(task)
+    classes, questions = int(torch.cat(labels).max()) + 1, _questions(task)
     others = (torch.randperm(len(y), generator=stream(settings.seed, TESTING, EXAMPLES + 2)) for y in labels)
     both = [torch.cat((y, y[other]), dim=1) for y, other in zip(labels, others, strict=True)]
     answers: dict[str, list[Tensor]] = {reader: [] for reader in ("S", "shuffled", "query", "awake")}

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sleepedu.intervals import Table, across_seeds
+from sleepedu.intervals import across_seeds
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
 
@@ -55,9 +55,10 @@ def lines(runs: list[Run]) -> list[str]:
     for (name, size), models in grouped(runs).items():
         rows = []
         for first, *others in models.values():
+            mean = across_seeds([run.table for run in (first, *others)])
             title = f"{name}, {size}: accuracy by {first.make_task().depth_name}"
             names = first.name + "".join(f",{run.experiment.seed}" for run in others)
-            rows.append({title: names} | {depth: a.accuracy for depth, a in _mean([first, *others]).items()})
+            rows.append({title: names} | {depth: a.accuracy for depth, a in mean.items()})
         shown += ["", *aligned(rows)]
     return shown[1:]
 
@@ -67,7 +68,7 @@ def markdown(runs: list[Run]) -> str:
     parts = []
     for (name, size), models in grouped(runs).items():
         task = next(iter(models.values()))[0].make_task()
-        tables = {model: _mean(group) for model, group in models.items()}
+        tables = {model: across_seeds([run.table for run in group]) for model, group in models.items()}
         depths = list(next(iter(tables.values())))
         rows = [
             ["model", "seeds", "steps", "million tokens", "minutes", *map(str, depths)],
@@ -89,7 +90,3 @@ def markdown(runs: list[Run]) -> str:
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         parts.append(f"## {name}, {size}\n\nShare of right answers by {task.depth_name}.\n\n{table}\n")
     return "\n".join(parts)
-
-
-def _mean(group: list[Run]) -> Table:
-    return across_seeds([run.table for run in group])

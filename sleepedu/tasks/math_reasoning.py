@@ -49,8 +49,8 @@ class MathReasoning(Task):
     of every depth. windows: how many the text is cut into, padded on the left. sums: whether some dials show two others
     added. name_words: words in a dial's name, 1 or 2. digits: how many a dial has, 2 to 10. less: whether dials show
     less than others, too, or only more.
-    Raises ValueError for fewer than 2 quantities or more than there are names, operations outside 1..quantities - 1
-    (- 2 and fewer than 3 with sums, which need two given dials), or other settings outside these.
+    Raises ValueError for fewer than 2 quantities (3 with sums, which need two given dials) or more than there are
+    names, operations outside 1..quantities - 1 (- 2 with sums), or other settings outside these.
     """
 
     quantities: int = 8
@@ -183,10 +183,10 @@ class MathReasoning(Task):
 
         Raises ValueError for a name that is not in the problem.
         """
-        facts = self.facts(episode, index)
-        if name.lower() not in facts:
-            raise ValueError(f"the problem has no dial {name.lower()!r}: it has {', '.join(facts)}")
-        return [line for _, line in derive(facts, name.lower(), self.digits).values()]
+        facts, name = self.facts(episode, index), name.lower()
+        if name not in facts:
+            raise ValueError(f"the problem has no dial {name!r}: it has {', '.join(facts)}")
+        return [line for _, line in derive(facts, name, self.digits).values()]
 
     def facts(self, episode: Episode, index: int = 0) -> Facts:
         """Return what the text says of every dial, in its order."""
