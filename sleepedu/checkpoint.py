@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ class Checkpoint:
     """Keep a training run in a folder, and go on from there: ``train(..., checkpoint=Checkpoint("my_run"))``.
 
     Ctrl-C and SIGTERM wait for the end of the step and a last save; a second one does not wait. A file that cannot be
-    written, on a full disk say, is a warning: training goes on and the last one is kept. Of several ranks the first
-    one saves, and signals are not held back. Training raises ValueError when the file is broken or of other settings,
-    BlockingIOError when another process trains in the folder.
+    written is a warning, and training goes on. Of several ranks the first one saves, and no signal waits. Training
+    raises ValueError for a file that is broken or of other settings, BlockingIOError for a folder that is in use.
     """
 
     FILE = "checkpoint.pt"
@@ -47,10 +46,9 @@ class Checkpoint:
             "train": asdict(config),
         }
         self._settings = json.dumps(settings, sort_keys=True)
-        with (
-            files.sole_use(self.path.parent) if rank == 0 else nullcontext(),
-            held_signals() if ranks == 1 else nullcontext([]) as self._signals,
-        ):
+        lock: AbstractContextManager = files.sole_use(self.path.parent) if rank == 0 else nullcontext()
+        signals: AbstractContextManager[list[int]] = held_signals() if ranks == 1 else nullcontext([])
+        with lock, signals as self._signals:
             self._load(state)
             yield
         if self._signals:
@@ -119,23 +117,25 @@ def held_signals() -> Iterator[list[int]]:
         release()
 
 
+def stateful(state: TrainingState) -> dict[str, Any]:
+    """Return all that changes while training and has a state_dict of its own, by name."""
+    optimizers = {f"optimizer{number}": optimizer for number, optimizer in enumerate(state.optimizers)}
+    return {"model": state.model, "scaler": state.scaler, **optimizers}
+
+
 def contents(state: TrainingState) -> dict[str, Any]:
     """Return all that changes while training as plain values and tensors."""
-    return {
-        "model": state.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-        "scaler": state.scaler.state_dict(),
-        "history": asdict(state.history),
-        **{name: getattr(state, name) for name in PLAIN},
+    plain = {name: getattr(state, name) for name in PLAIN}
+    return {name: part.state_dict() for name, part in stateful(state).items()} | {
+        "history": vars(state.history),
+        **plain,
     }
 
 
 def restore(state: TrainingState, stored: dict[str, Any]) -> None:
     """Bring a state to what ``contents`` said of another."""
-    state.model.load_state_dict(stored["model"])
-    for optimizer, saved in zip(state.optimizers, stored["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    state.scaler.load_state_dict(stored["scaler"])
+    for name, part in stateful(state).items():
+        part.load_state_dict(stored[name])
     vars(state.history).update(stored["history"])
     vars(state).update({name: stored[name] for name in PLAIN})
     state.sums = state.sums.to(state.model.head.weight.device)

@@ -3,7 +3,6 @@
 import math
 
 MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
-
 MOST_SEED = 2**32 - 1
 
 
@@ -37,7 +36,9 @@ def flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def finite(name: str, value: object) -> None:
-    """Raise ValueError, which names the setting, unless value is a finite int or float."""
+def finite(name: str, value: object, above: float = -math.inf) -> None:
+    """Raise ValueError, which names the setting, unless value is a finite int or float above a limit."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if value <= above:
+        raise ValueError(f"{name} must be above {above:g}, got {value}")

@@ -18,10 +18,8 @@ def accuracy_by_depth(
 ) -> Table:
     """Return how often the model is right at every depth of the task, on ``examples`` fresh examples per depth.
 
-    An answer of several tokens is right when all of them are. The interval is Wilson's. An example counts once however
-    many questions it asks, because questions about the same graph or row are not independent; where they are, the
-    interval is wider than it need be. Examples come from another random stream than training's; where a task is small,
-    some may coincide.
+    They come from another random stream than training's; where a task is small, some may coincide. The interval is
+    Wilson's, and an example counts once however many questions it asks, as these are not independent.
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
     outside 0..2^32 - 1, a vocabulary smaller than the task's or a scoring other than "each" and "all".
     """
@@ -39,10 +37,8 @@ def accuracy_by_depth(
             answers = run_episode(model, episode.to(device), passes).argmax(-1).cpu()
             right += _share_right(task, answers == episode.targets, episode.asked).sum().item()
             asked.append(episode)
-        constant = _most_frequent_answer(task, asked)
-        by_constant = sum(_share_right(task, _is_answer(e, constant), e.asked).sum().item() for e in asked)
-        low, high = wilson_interval(right / examples, examples)
-        table[depth] = Accuracy(right / examples, low, high, examples, by_constant / examples)
+        share, constant = right / examples, _right_by_constant(task, asked) / examples
+        table[depth] = Accuracy(share, *wilson_interval(share, examples), examples, constant)
     return table
 
 
@@ -62,14 +58,11 @@ def _share_right(task: Task, right: torch.Tensor, asked: torch.Tensor) -> torch.
     return (right & asked).sum(dim=1) / asked.sum(dim=1).double()
 
 
-def _most_frequent_answer(task: Task, episodes: list[Episode]) -> torch.Tensor:
-    """Return the tokens of the best constant answer, (answer_tokens,)."""
-    answers = torch.cat([e.targets[e.asked] for e in episodes]).view(-1, task.answer_tokens)
-    answers, counts = answers.unique(dim=0, return_counts=True)
-    return answers[counts.argmax()]
-
-
-def _is_answer(episode: Episode, answer: torch.Tensor) -> torch.Tensor:
-    """Return where (b, p) the target is what this answer, given to every question, has there."""
-    answers = answer.repeat(int(episode.asked.sum()) // len(answer))
-    return torch.zeros_like(episode.asked).masked_scatter(episode.asked, episode.targets[episode.asked] == answers)
+def _right_by_constant(task: Task, episodes: list[Episode]) -> float:
+    """Return how many examples are right when every question gets the answer that is most frequent among them."""
+    targets = torch.cat([e.targets for e in episodes])
+    asked = torch.cat([e.asked for e in episodes])
+    answers = targets[asked].view(-1, task.answer_tokens)  # of every question
+    different, counts = answers.unique(dim=0, return_counts=True)
+    constant = targets.masked_scatter(asked, different[counts.argmax()].repeat(len(answers)))
+    return _share_right(task, constant == targets, asked).sum().item()

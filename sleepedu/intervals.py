@@ -43,8 +43,7 @@ def wilson_interval(share: float, n: int, z: float = Z95) -> tuple[float, float]
 def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
     """Return whether two accuracies, measured on independent examples, are further apart than chance explains.
 
-    That is, whether Newcombe's interval for their difference leaves out 0. comparisons: how many pairs are looked at;
-    with probability 95% none of so many pairs of equal models differs (Bonferroni).
+    That is, whether Newcombe's interval for their difference leaves out 0, at 95% for so many comparisons together.
     """
     z = ndtri(1 - 0.05 / (2 * comparisons))
     more, less = (one, other) if one.accuracy >= other.accuracy else (other, one)

@@ -1,7 +1,7 @@
 """The two mixers, attention and fast weights, and the block that holds one of them.
 
-Attention keeps every token of the window, exactly, for as long as the window lasts. Fast weights keep a matrix of
-fixed size for as long as the sequence lasts. Symbols: b batch, l tokens, w width, h heads, d size of a head.
+Attention keeps every token for as long as the window lasts, fast weights a matrix of fixed size for as long as the
+sequence lasts. Symbols: b batch, l tokens, w width, h heads, d size of a head.
 """
 
 from dataclasses import dataclass

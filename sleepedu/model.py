@@ -1,7 +1,6 @@
 """The hybrid language model: embed -> blocks -> out. It owns no loop; ``sleepedu.sleep_loop`` does.
 
-Symbols: b batch, l tokens of a window, w width, V vocabulary; h (b, l, w) the hidden states of a window; S the fast
-weights, one (b, heads, d_v, d_k) matrix stack for every fast-weight layer.
+Symbols: b batch, l tokens, w width, V vocabulary; h (b, l, w) hidden states; S (b, heads, d_v, d_k) for every layer.
 """
 
 from collections.abc import Iterable
@@ -83,8 +82,8 @@ class ModelConfig:
 class SleepLM(nn.Module):
     """A language model of attention and fast-weight blocks, called one pass over one window at a time.
 
-    Built from a ``ModelConfig`` in the order of its layout. Methods raise ValueError for token ids outside the
-    vocabulary or on another device, and for fast weights whose number, shape, device or dtype do not fit.
+    Methods raise ValueError for token ids outside the vocabulary or on another device, and for fast weights whose
+    number, shape, device or dtype do not fit.
     """
 
     def __init__(self, config: ModelConfig):

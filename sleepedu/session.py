@@ -13,13 +13,12 @@ from sleepedu.sleep_loop import check_passes, check_settles, check_sleeps, settl
 
 
 class Session:
-    """Streaming use of a sleeping model: read tokens in pieces of any size, sleep when the window is full, answer.
+    """Read tokens in pieces of any size, sleep when the window is full, answer; keep no more than one window and S.
 
     window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. tolerance: None, or to end
-    a sleep before N passes as ``sleep_until_settled`` does. However much it reads, it keeps no more than one window and
-    S. ``S`` is the fast weights; ``tokens_read`` and ``sleeps`` count; ``passes_taken`` (batch,) is of the last sleep.
-    Raises ValueError for a window, N or batch below 1, a window longer than the model has positions, a model that keeps
-    its cache, or a tolerance that is not above 0 or of a model without fast weights.
+    a sleep before N passes as ``sleep_until_settled`` does. ``S`` is the fast weights; ``tokens_read`` and ``sleeps``
+    count; ``passes_taken`` (batch,) is of the last sleep. Raises ValueError for a window, N or batch below 1, a window
+    longer than the model has positions, a model that keeps its cache, or a tolerance that means nothing.
     """
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1, tolerance: float | None = None):
@@ -31,14 +30,10 @@ class Session:
             check_settles(model, tolerance)
         if 0 < model.config.positions < window:
             raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
-        self.model, self.window, self.passes, self.batch = model, window, passes, batch
-        self.tolerance = tolerance
+        self.model, self.window, self.passes, self.batch, self.tolerance = model, window, passes, batch, tolerance
         self.S = model.empty_fast_weights(batch)
-        self.tokens_read = 0
-        self.sleeps = 0
+        self.tokens_read = self.sleeps = 0
         self.passes_taken = torch.zeros(batch, dtype=torch.long, device=model.head.weight.device)
-        self._filled: int
-        self._cache: list[WindowCache]
         self._clear_window()
 
     @property
@@ -54,9 +49,8 @@ class Session:
 
     @torch.no_grad()
     def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:
-        """Read tokens (batch, n), sleeping whenever the window is full; return their logits (batch, n, V).
+        """Read tokens (batch, n), sleeping whenever the window is full; return their logits (batch, n, V), if wanted.
 
-        logits=False: compute none and return None.
         Raises ValueError for another batch size or tokens outside the vocabulary; nothing has been read then.
         """
         self._check(tokens)
@@ -130,8 +124,7 @@ class Session:
         """Return the logits (batch, p, V) of a prompt, in one pass, without remembering that it was asked.
 
         A prompt has to be seen whole: where the window has no room left for it, the session sleeps first.
-        Raises ValueError for a prompt that is empty or longer than the window, another batch size, or tokens outside
-        the vocabulary.
+        Raises ValueError for a prompt that is empty or longer than the window, and as ``read`` does.
         """
         self._check(prompt)
         if not 1 <= prompt.shape[1] <= self.window:
@@ -143,7 +136,7 @@ class Session:
         return self.model.out(h)
 
     def _clear_window(self) -> None:
-        self._cache = self.model.empty_cache()
+        self._cache: list[WindowCache] = self.model.empty_cache()
         self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
         self._filled = 0
 

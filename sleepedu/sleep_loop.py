@@ -83,8 +83,8 @@ def sleep_until_settled(
 ) -> tuple[FastWeights, Tensor]:
     """Sleep on one full window for as long as S changes: return S, and how many passes each sequence took, (b,).
 
-    tokens, S: as in ``sleep``. passes: the most to take. tolerance: as in ``settle``. There is no gradient.
-    Raises ValueError as ``sleep`` does, for a tolerance that is not above 0, and for a model without fast weights.
+    tokens, S: as in ``sleep``. passes: the most to take. tolerance: as in ``settle``. There is no gradient. Raises
+    ValueError as ``sleep`` does, for a tolerance that is not above 0, and for a model without fast weights.
     """
     check_passes(passes)
     check_settles(model, tolerance)
@@ -132,8 +132,6 @@ def check_sleeps(model: SleepLM) -> None:
 def check_settles(model: SleepLM, tolerance: float) -> None:
     """Raise ValueError for a tolerance that is not finite and above 0, or a model that has no S to settle."""
     check_sleeps(model)
-    checks.finite("tolerance", tolerance)
-    if tolerance <= 0:
-        raise ValueError(f"tolerance must be above 0, got {tolerance}")
+    checks.finite("tolerance", tolerance, above=0)
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights that could settle: use sleep")

@@ -66,10 +66,7 @@ class SleepTrace:
         return self.stack(window).flatten(3).norm(dim=-1).mean(dim=2)
 
     def changes(self, window: int = -1, by_head: bool = False) -> Tensor:
-        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass n, mean over the batch: (passes, fast-weight layers).
-
-        by_head: of every head by itself, (passes, fast-weight layers, heads).
-        """
+        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass, mean over the batch: (passes, layers[, heads])."""
         S = self.stack(window).flatten(-2 if by_head else 3)
         return ((S[1:] - S[:-1]).norm(dim=-1) / S[1:].norm(dim=-1)).mean(dim=2)
 

@@ -1,8 +1,8 @@
 """Training through the sleep, end to end: Muon for hidden matrices, AdamW for the rest.
 
 A run depends on its settings and seed alone: batch i is drawn from a generator seeded by (seed, i), and after it N,
-where that varies. So every N sees the same data in the same order, and a run that was interrupted goes on exactly where
-it stood. Under ``torchrun`` the ranks share each of these batches among them, and the result is the same to rounding.
+where that varies. So every N sees the same data in the same order, an interrupted run goes on exactly where it stood,
+and processes that train together share each of these batches among them.
 """
 
 import math
@@ -51,12 +51,14 @@ class TrainConfig:
         checks.seed(self.seed)
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
             checks.whole(name, getattr(self, name), least)
-        for name in ("learning_rate", "adam_learning_rate", "clip", "weight_decay", "decay"):
+        for name in ("learning_rate", "adam_learning_rate", "clip"):
+            checks.finite(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "decay"):
             checks.finite(name, getattr(self, name))
-            if getattr(self, name) < 0 or (getattr(self, name) == 0 and "decay" not in name):
-                raise ValueError(f"{name} must be above 0, or 0 for a decay, got {getattr(self, name)}")
-        if self.decay > 1:
-            raise ValueError(f"decay must lie in 0..1, got {self.decay}")
+        if not 0 <= self.decay <= 1 or self.weight_decay < 0:
+            raise ValueError(
+                f"decay must lie in 0..1 and weight_decay not be negative, got {self.decay}, {self.weight_decay}"
+            )
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ValueError(f"autocast {self.autocast!r} is unknown: use '', 'bfloat16' or 'float16'")
 
@@ -160,10 +162,8 @@ def train(
                     dist.all_reduce(state.sums)
                 loss, accuracy, norm = (state.sums / (state.counted * ranks)).tolist()
                 if not math.isfinite(loss + norm):
-                    raise FloatingPointError(
-                        f"the loss is {loss} and the norm of its gradient {norm} by step {state.step}: lower "
-                        f"learning_rate (now {config.learning_rate}) or clip; the last checkpoint is kept"
-                    )
+                    found = f"the loss is {loss} and the norm of its gradient {norm} by step {state.step}"
+                    raise FloatingPointError(f"{found}: lower learning_rate (now {config.learning_rate}) or clip")
                 state.history.add(state.step, loss, accuracy, time.perf_counter() - started)
                 state.sums.zero_()
                 state.counted = 0
@@ -190,8 +190,8 @@ def training_step(
 ) -> Tensor:
     """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move.
 
-    answering: ``AnsweringEpisodes`` of the state's model, or what wraps it. count: as in ``score``. Return what is
-    measured, (3,): loss (nats a scored token), share right, and the gradient's norm.
+    answering: ``AnsweringEpisodes`` of the state's model, or what wraps it. count: as in ``score``.
+    Return loss (nats a scored token), share right, and the gradient's norm, (3,).
     """
     scaler = state.scaler
     for optimizer in state.optimizers:

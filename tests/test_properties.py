@@ -15,8 +15,8 @@ from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked, hebbian
 from sleepedu.intervals import Accuracy, across_seeds, wilson_interval
-from sleepedu.lab import experiments
-from sleepedu.lab.experiments import Experiment
+from sleepedu.lab import experiments, recipes, run_store
+from sleepedu.lab.recipes import Experiment
 from sleepedu.model import CARRIES, ModelConfig, SleepLM
 from sleepedu.pictures.explorer import explore
 from sleepedu.session import Session
@@ -106,7 +106,7 @@ good_tasks = st.one_of(
 
 
 def check_episode(task, episode, batch, depth):
-    task.check(episode)
+    assert_fits(task, episode)
     assert episode.windows.shape == (batch, task.windows, task.window)
     assert episode.prompt.shape == episode.targets.shape == episode.depth.shape == (batch, task.prompt_length)
     for tensor in (episode.windows, episode.prompt, episode.targets, episode.depth):
@@ -118,6 +118,12 @@ def check_episode(task, episode, batch, depth):
     asked = episode.depth[episode.asked]
     assert (asked == depth).all() if depth is not None else asked.min() >= 0
     assert task.text(episode, batch - 1)
+
+
+def assert_fits(task, episode):
+    assert episode.windows.shape[1:] == (task.windows, task.window)
+    assert episode.prompt.shape[1] == task.prompt_length
+
 
 
 @holds(made=made_tasks, batch=odd, depth=st.one_of(st.none(), small), seed=st.integers(0, 2**32))
@@ -202,8 +208,8 @@ def test_model_settings_make_a_model_or_are_refused(chosen, vocabulary):
 
 
 @holds(
-    task=st.sampled_from([*TASKS, "chess", None]), size=st.sampled_from([*experiments.SIZES, "huge"]),
-    model=st.sampled_from([*experiments.MODELS, "x"]), passes=odd, seed=odd, steps=odd, learning_rate=numbers,
+    task=st.sampled_from([*TASKS, "chess", None]), size=st.sampled_from([*recipes.SIZES, "huge"]),
+    model=st.sampled_from([*recipes.MODELS, "x"]), passes=odd, seed=odd, steps=odd, learning_rate=numbers,
     carry=st.sampled_from([*CARRIES, ""]),
 )  # fmt: skip
 def test_an_experiment_has_a_name_and_a_fingerprint_or_is_refused(**chosen):
@@ -225,7 +231,7 @@ def model_of(layout, carry, seed=0):
     return SleepLM(ModelConfig(7, layout, 8, 2, carry=carry))
 
 
-layouts, carries = st.sampled_from(["a", "g", "ag", "ga"]), st.sampled_from(CARRIES)
+layouts, carries = st.sampled_from(["a", "g", "ag", "ga"]), st.sampled_from([*CARRIES])
 
 
 @holds(
@@ -395,7 +401,7 @@ def test_the_command_line_ends_with_a_code_and_at_most_one_line_of_complaint(wor
 
     monkeypatch.setattr(experiments, "train_and_store", no_training)
     monkeypatch.setattr("sleepedu.lab.reproduction.train_and_store", no_training)
-    monkeypatch.setattr(experiments, "COMMITTED", tmp_path)  # to measure all the stored runs would take minutes
+    monkeypatch.setattr(run_store, "COMMITTED", tmp_path)  # to measure all the stored runs would take minutes
     monkeypatch.chdir(tmp_path)
     try:
         code = main(words)

@@ -19,9 +19,8 @@ _cpp_wanted = True
 def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Compute ``gated_delta`` the fastest way there is here: compiled on a CPU, by ``gated_delta_chunked`` elsewhere.
 
-    Shapes as in ``fast_weights``. There is compiled code for float32, d_k of 16, 32, 64 or 128 and d_v a multiple of
-    16, 8, 4 or 4. Raises ValueError for shapes, devices or dtypes that do not fit together; its gradient MemoryError
-    where S after each token does not fit into memory.
+    There is compiled code for float32 and the sizes in ``cpp.MULTIPLES``. Raises ValueError as the rules do; its
+    gradient MemoryError where S after each token does not fit into memory.
     """
     check_inputs(q, k, v, log_a, b, S)
     multiple = cpp.MULTIPLES.get(q.shape[-1])

@@ -35,19 +35,15 @@ OWN = Path("own_runs")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its experiment, history, accuracy by depth, and where and how it was made.
-
-    settings: those it was trained with, which today's recipe need no longer give. weights: the SHA-256 of weights.pt,
-    "" for a run stored without.
-    """
+    """A finished run: its experiment, history, accuracy by depth, and where and how it was made."""
 
     path: Path
     experiment: Experiment
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # those it was trained with, which today's recipe need no longer give
     history: History
     table: Table
     provenance: dict[str, Any]
-    weights: str
+    weights: str  # the SHA-256 of weights.pt, "" for a run stored without
 
     @property
     def name(self) -> str:
@@ -55,25 +51,17 @@ class Run:
 
     def make_task(self) -> Task:
         """Return the task as it was trained on."""
-        task = dict(self.settings["task"])
-        kind = TASKS[task.pop("name")]
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in task.items()})
+        task = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings["task"].items()}
+        return TASKS[task.pop("name")](**task)
 
     def load_model(self, device: str = "cpu") -> SleepLM:
-        """Return the trained model.
-
-        Raises FileNotFoundError or ValueError for missing or broken weights, ValueError for a device that is unknown
-        or not there.
-        """
+        """Return the trained model. Raises FileNotFoundError or ValueError for missing or broken weights or a device."""
         file = self.path / "weights.pt"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
         content = file.read_bytes()
         if files.checksum(content) != self.weights:
-            raise ValueError(
-                f"{file} does not hold this run's weights, those with the checksum in run.json: "
-                f"delete {self.path} and train it again"
-            )
+            raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
         model = SleepLM(ModelConfig(**self.settings["model"]))
         model.load_state_dict(files.unpack(content))
         return model.to(find_device(device)).eval()
@@ -102,18 +90,14 @@ def load_run(run: Path | str) -> Run:
         raise FileNotFoundError(f"there is no run {str(run)!r}: `python -m sleepedu results` lists those there are")
     file = path / "run.json"
     if not file.exists():
-        interrupted = (path / Checkpoint.FILE).exists()
-        more = "; training was interrupted, the same command resumes it" if interrupted else ""
+        more = "; interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
         raise FileNotFoundError(f"{path} holds no finished run (no run.json{more})")
     content = file.read_bytes()
     try:
         stored = json.loads(content)
-        stated = stored.pop("checksum", None)
-        if stored["version"] != VERSION:
-            refusal = f"is of version {stored['version']}, this library reads version {VERSION}"
-        elif json_checksum(stored) != stated:
-            refusal = "was changed: it does not have the checksum it states"
-        else:
+        stated, version = stored.pop("checksum", None), stored["version"]
+        whole = json_checksum(stored) == stated
+        if whole and version == VERSION:
             found = Run(
                 path=path,
                 experiment=Experiment(**stored["experiment"]),
@@ -127,8 +111,16 @@ def load_run(run: Path | str) -> Run:
             ModelConfig(**found.settings["model"])
             return found
     except Exception as error:  # broken bytes lead anywhere
-        refusal = f"is broken ({type(error).__name__}: {files.first_line(error)}): delete {path} and train it again"
-    raise ValueError(f"{file} {refusal}")
+        raise broken(file, error) from error
+    if version != VERSION:
+        raise ValueError(f"{file} is of version {version}, this library reads version {VERSION}")
+    raise ValueError(f"{file} was changed: it does not have the checksum it states")
+
+
+def broken(file: Path, error: Exception) -> ValueError:
+    """Return the one line that says what the bytes of a file have led to."""
+    told = f"{type(error).__name__}: {files.first_line(error)}"
+    return ValueError(f"{file} is broken ({told}): delete it and make it again")
 
 
 def stored_runs(directory: Path | str | None = None) -> list[Run]:
@@ -145,15 +137,14 @@ def stored_runs(directory: Path | str | None = None) -> list[Run]:
 def save_run(
     path: Path, experiment: Experiment, model: SleepLM, history: History, table: Table, made: dict[str, Any]
 ) -> Run:
-    """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says.
-
-    Raises OSError when it cannot be written.
-    """
+    """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says."""
     weights = files.pack(model.state_dict())
-    provenance = machine(model.head.weight.device) | {
+    provenance = {
+        **machine(model.head.weight.device),
         "seconds": history.seconds[-1],
         "tokens": history.step[-1] * history.tokens_per_step,
         "parameters": parameter_count(model.parameters()),
+        **made,
     }
     stored = {
         "version": VERSION,
@@ -162,7 +153,7 @@ def save_run(
         "experiment": asdict(experiment),
         "settings": experiment.settings,
         "table": plain_table(table),
-        "provenance": provenance | made,
+        "provenance": provenance,
         "history": asdict(history),
     }
     files.write(path / "weights.pt", weights)
@@ -191,40 +182,36 @@ def find_device(name: str) -> torch.device:
     """Return the device "cpu", "cuda" or "auto" (CUDA where there is one). Raises ValueError when it is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device here: use cpu or auto")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    return torch.device(name)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what a measurement has to say about where and when it was made: machine, versions, commit, time."""
+    processor, commit = platform.processor() or platform.machine(), ""
+    with suppress(OSError, StopIteration):  # elsewhere than on Linux
+        described = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in described if line.startswith("model name"))
+    with suppress(OSError, subprocess.SubprocessError, ValueError):  # no git, no checkout, or that of another project
+        command = [
+            "git",
+            "rev-parse",
+            "HEAD",
+            "--show-cdup",
+        ]  # the way up to the top of the checkout, if it is not here
+        done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True)
+        (commit,) = done.stdout.split()
     return {
         "device": device.type,
-        "processor": _processor(device),
+        "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "kernel": device.type == "cpu" and cpp_is_available(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "commit": _commit(),
+        "commit": commit,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    with suppress(OSError, StopIteration):  # elsewhere than on Linux
-        described = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in described if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Return the commit the library stands at, "" outside a checkout of its own."""
-    command = ["git", "rev-parse", "HEAD", "--show-cdup"]  # the way up to the top of the checkout, if it is not here
-    with suppress(OSError, subprocess.SubprocessError, ValueError):  # no git, no checkout, or that of another project
-        done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True)
-        (commit,) = done.stdout.split()
-        return commit
-    return ""

@@ -1,7 +1,4 @@
-"""What a task is: it makes episodes, knows how deep each question is, and puts an episode into words.
-
-A task knows tokens, windows and depth; it knows nothing of models.
-"""
+"""What a task is: it makes episodes of tokens, windows and depth, and puts them into words. It knows no models."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -92,10 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
-        """Draw ``batch`` fresh examples; all of one depth, or of mixed depths when it is None.
-
-        Raises ValueError for a batch below 1 or a depth that the task does not have.
-        """
+        """Draw examples, of one depth or, when it is None, of mixed ones; ValueError for a depth that there is not."""
 
     @property
     def tokens_per_example(self) -> int:
@@ -104,10 +98,7 @@ class Task(ABC):
 
     @property
     def floor(self) -> float | None:
-        """The share of answers that the best guesser gets right who knows the task and the question but not the text.
-
-        None where that is not known exactly; the best constant answer, measured, stands for it then.
-        """
+        """The share right of the best guesser who has not read the text; None where only the best constant is known."""
         return None
 
     def text(self, episode: Episode, index: int = 0) -> str:
