@@ -7,7 +7,7 @@ Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
 
     q, k     (batch, heads, length, d_k)   queries and keys
     v        (batch, heads, length, d_v)   values
-    log_a    (batch, heads, length)        log of the forget gate a, finite and <= 0
+    log_a    (batch, heads, length)        log of the forget gate a, <= 0; -inf forgets all
     b        (batch, heads, length)        write strength
     S        (batch, heads, d_v, d_k)      the fast weights; o = S q
     o        (batch, heads, length, d_v)   what the queries read
@@ -108,11 +108,13 @@ def gated_delta_chunked(
 
 
 def _one_chunk(S: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    # Sums of logarithms in double precision: after strong forgetting, differences of large sums must stay exact.
-    g = log_a.double().cumsum(-1)  # (b, h, t)
-    e = g.exp().to(q.dtype)[..., None]  # (b, h, t, 1): e^(g_t)
-    later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)  # (t, i): i > t
-    decay = (g[..., :, None] - g[..., None, :]).to(q.dtype).masked_fill(later, -torch.inf).exp()  # (b, h, t, i)
+    length = q.shape[2]
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)  # (t, i): i > t
+    # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and so
+    # would its gradient.
+    steps = log_a[..., :, None].masked_fill(later.mT.logical_not(), 0)  # (b, h, t, i): log a_t where t > i
+    decay = steps.cumsum(dim=-2).masked_fill(later, -torch.inf).exp()  # (b, h, t, i): e^(g_t - g_i)
+    e = log_a.cumsum(-1).exp()[..., None]  # (b, h, t, 1): e^(g_t)
     A = k @ k.mT * decay * b[..., None, :]  # (b, h, t, i); the solver takes its diagonal for ones
     w = torch.linalg.solve_triangular(A, v - e * (k @ S.mT), upper=False, unitriangular=True)  # (b, h, t, d_v)
     u = b[..., None] * w  # (b, h, t, d_v): what is really written

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sleepedu.fast import gated_delta_fast
 from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked, hebbian
 
 NAMES = ("q", "k", "v", "log_a", "b", "S")
@@ -171,3 +172,34 @@ def test_halving_a_sequence_changes_nothing():
     second, end = gated_delta_chunked(*(x[:, :, 5:] for x in inputs[:5]), middle)
     torch.testing.assert_close(torch.cat((first, second), dim=2), o)
     torch.testing.assert_close(end, S)
+
+
+FAST = pytest.mark.parametrize("rule", [gated_delta_chunked, gated_delta_fast], ids=lambda rule: rule.__name__)
+
+
+@FAST
+@pytest.mark.parametrize("huge", [torch.finfo(torch.float32).min, -torch.inf, -1e30, -200.0])
+def test_a_gate_that_forgets_everything_hides_none_of_those_after_it(rule, huge):
+    ones, k = torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)
+    k[0, 0, 0, 0] = 1.0
+    log_a = torch.tensor([[[huge, -1.0, 0.0]]], requires_grad=True)
+    o, _ = rule(ones, k, ones, log_a, ones[..., 0], torch.zeros(1, 1, 16, 16))
+    torch.testing.assert_close(o[0, 0, :, 0], torch.tensor([1.0, 0.36787945, 0.36787945]))
+    o[..., 0].sum().backward()
+    torch.testing.assert_close(log_a.grad[0, 0], torch.tensor([0.0, 0.7357589, 0.36787945]))
+
+
+@FAST
+@pytest.mark.parametrize("where", ["everywhere", "once in 20 tokens", "every ninth"])
+@pytest.mark.parametrize("forgetting", [-20.0, -90.0, -1e4])
+def test_the_gradient_of_a_gate_is_as_small_as_the_gate(rule, forgetting, where):
+    length = 2 if where == "everywhere" else 130
+    q, k, v, log_a, b, S = make_inputs(1, 2, length, 16, 16, "little", torch.float32)
+    place = {"everywhere": slice(None), "once in 20 tokens": slice(7, None, 20), "every ninth": slice(3, None, 9)}[where]
+    log_a[:, :, place] = forgetting
+    inputs = (q, k, v, log_a, b, S)
+    found = outputs_and_gradients(rule, inputs)
+    for name, wanted in outputs_and_gradients(gated_delta, [x.double() for x in inputs]).items():
+        for gradient, exact in zip(found[name].flatten(2).unbind(2), wanted.flatten(2).unbind(2), strict=True):
+            scale = exact.abs().max().item()  # of one token, not of the largest
+            torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=2e-4 * scale + 1e-30)

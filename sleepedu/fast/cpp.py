@@ -49,7 +49,7 @@ class GatedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_a, b, S):
         o, w, S_end = torch.ops.sleepedu.gated_delta(q, k, v, log_a, b, S)
-        ctx.save_for_backward(q, k, v, log_a, b, S, o, w)
+        ctx.save_for_backward(q, k, v, log_a, b, S, w)
         return o, S_end
 
     @staticmethod
@@ -72,16 +72,16 @@ def _found(q, k, v, log_a, b, S):
 
 @library.custom_op("sleepedu::gated_delta_backward", mutates_args=(), device_types="cpu")
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, o: Tensor, w: Tensor, do: Tensor, dS: Tensor
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, w: Tensor, do: Tensor, dS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _gradients(q, k, v, log_a, b, S, o, w, do, dS)
-    if _call("gated_delta_backward", q, k, v, log_a.exp(), b, S, o, w, do, dS, *found):
+    found = _gradients(q, k, v, log_a, b, S, w, do, dS)
+    if _call("gated_delta_backward", q, k, v, log_a.exp(), b, S, w, do, dS, *found):
         raise MemoryError(f"there is no memory for S after each of {q.shape[2]:,} tokens: take a shorter window")
     return found
 
 
 @_backward.register_fake
-def _gradients(q, k, v, log_a, b, S, o, w, do, dS):
+def _gradients(q, k, v, log_a, b, S, w, do, dS):
     return *map(_room, (q, k, v, log_a, b)), S.new_empty(S.shape)
 
 

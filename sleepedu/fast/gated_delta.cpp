@@ -88,61 +88,53 @@ inline void forward(int64_t T, const Given &x, const Found &y) {
     EACH(r, 4 * G) EACH(c, C) y.S_end.sixteen(r, c) = S[r][c];
 }
 
-// The gradients of what was found, and of what was given. All rows have a share in those of q, k, log a and b, and so
-// in two sums over rows: uw = u . dw, and dg, from which the gradient of log a is made. They are added to.
+// The gradients of what was found, and of what was given. All rows have a share in those of q, k, log a and b, which are
+// added to.
 struct GivenGradients { Rows d_o, dS_end; };
 struct FoundGradients { Rows dq, dk, dv, dlog_a, db, dS; };
-struct Room { float *dg, *uw; vec *after; };  // after: S after every token, for the rows at hand
 
-const int64_t SPAN = 64;  // tokens after which dg starts anew from S . dS itself
-
+// states is room for the rows at hand of S before the first token and after every one.
 template <int C, int G>
-inline void backward(int64_t T, const Given &x, const Found &y, const GivenGradients &dy, const FoundGradients &dx,
-                     const Room &room) {
+inline void backward(int64_t T, const Given &x, const Rows &w_of, const GivenGradients &dy, const FoundGradients &dx,
+                     vec *states) {
     vec dS[4 * G][C];  // first S itself, which is found again from w
-    EACH(r, 4 * G) EACH(c, C) dS[r][c] = x.S.sixteen(r, c);
+    EACH(r, 4 * G) EACH(c, C) states[r * C + c] = dS[r][c] = x.S.sixteen(r, c);
     for (int64_t t = 0; t < T; t++) {
         float a = x.a[t], b = x.b[t];
         EACH(g, G) {
-            four u = b * y.w.quad(t, g);
+            four u = b * w_of.quad(t, g);
             EACH(r, 4) EACH(c, C) {
                 vec &S = dS[4 * g + r][c];
                 S = a * S + u[r] * x.k.sixteen(t, c);
-                room.after[(t * 4 * G + 4 * g + r) * C + c] = S;
+                states[((t + 1) * 4 * G + 4 * g + r) * C + c] = S;
             }
         }
     }
     EACH(r, 4 * G) EACH(c, C) dS[r][c] = dy.dS_end.sixteen(r, c);
     for (int64_t t = T - 1; t >= 0; t--) {
-        vec q[C], k[C], dq[C], dk[C];
+        vec q[C], k[C], dq[C], dk[C], kept = {};
         EACH(c, C) { q[c] = x.q.sixteen(t, c); k[c] = x.k.sixteen(t, c); }
         EACH(c, C) { dq[c] = dx.dq.sixteen(t, c); dk[c] = dx.dk.sixteen(t, c); }
         float a = x.a[t], b = x.b[t];
-        const vec *after = room.after + t * 4 * G * C;
-        if (t == T - 1 || t % SPAN == SPAN - 1) {
-            vec product = {};
-            EACH(r, 4 * G) EACH(c, C) product += dS[r][c] * after[r * C + c];
-            room.dg[t] += sum(quarters(product));
-        }
         EACH(g, G) {
-            const vec *S = after + 4 * g * C;
-            four d_o = dy.d_o.quad(t, g), w = y.w.quad(t, g), u = b * w;
+            const vec *before = states + (t * 4 * G + 4 * g) * C, *after = before + 4 * G * C;
+            four d_o = dy.d_o.quad(t, g), w = w_of.quad(t, g), u = b * w;
             vec read[4] = {};
             EACH(r, 4) EACH(c, C) {
-                dq[c] += d_o[r] * S[r * C + c];
+                dq[c] += d_o[r] * after[r * C + c];
                 dS[4 * g + r][c] += d_o[r] * q[c];
                 read[r] += dS[4 * g + r][c] * k[c];
             }
-            four du = sums(read), dw = b * du;
+            four du = sums(read), dw = b * du, adw = a * dw;
             dx.dv.quad(t, g) = dw;
             dx.db[t] += sum(du * w);
-            room.uw[t] += sum(u * dw);
-            room.dg[t] += sum(d_o * y.o.quad(t, g) - dw * x.v.quad(t, g));
             EACH(r, 4) EACH(c, C) {
-                dk[c] += u[r] * dS[4 * g + r][c] - dw[r] * S[r * C + c];
+                dk[c] += u[r] * dS[4 * g + r][c] - adw[r] * before[r * C + c];
                 dS[4 * g + r][c] = a * (dS[4 * g + r][c] - dw[r] * k[c]);
+                kept += dS[4 * g + r][c] * before[r * C + c];
             }
         }
+        dx.dlog_a[t] += sum(quarters(kept));  // a <S, dS>: what goes to 0 with a, as a difference of sums would not
         EACH(c, C) { dx.dq.sixteen(t, c) = dq[c]; dx.dk.sixteen(t, c) = dk[c]; }
     }
     EACH(r, 4 * G) EACH(c, C) dx.dS.sixteen(r, c) = dS[r][c];
@@ -157,28 +149,16 @@ void forward_head(const Sizes &n, Given x, Found y) {
 }
 
 template <int C, int G>
-void backward_head(const Sizes &n, Given x, Found y, GivenGradients dy, FoundGradients dx, Room room) {
-    const int64_t T = n.length;
-    memset(room.dg, 0, T * sizeof(float));
-    memset(room.uw, 0, T * sizeof(float));
-    for (int64_t t = 0; t < T; t++) {
+void backward_head(const Sizes &n, Given x, Rows w, GivenGradients dy, FoundGradients dx, vec *states) {
+    for (int64_t t = 0; t < n.length; t++) {
         memset(&dx.dq[t], 0, n.d_k * sizeof(float));
         memset(&dx.dk[t], 0, n.d_k * sizeof(float));
-        dx.db[t] = 0;
+        dx.dlog_a[t] = dx.db[t] = 0;
     }
     for (int64_t r = 0; r < n.d_v; r += 4 * G)
-        backward<C, G>(T, {x.q, x.k, x.v.channels(r), x.a, x.b, x.S.rows(r)},
-                       {y.o.channels(r), y.w.channels(r), {}}, {dy.d_o.channels(r), dy.dS_end.rows(r)},
-                       {dx.dq, dx.dk, dx.dv.channels(r), dx.dlog_a, dx.db, dx.dS.rows(r)}, room);
-    // The gradient of log a_t is S . dS as later tokens leave it, + do_t . o_t - dv_t . v_t. That is S . dS one token
-    // earlier, too, so the sum of these goes on from token to token.
-    float later = 0;
-    for (int64_t t = T - 1; t >= 0; t--) {
-        if (t % SPAN == SPAN - 1) later = 0;
-        dx.dlog_a[t] = later += room.dg[t];
-        // w depends on k by S before the token is written, which is S after it less u k^T.
-        EACH(c, 4 * C) dx.dk.quad(t, c) += room.uw[t] * x.k.quad(t, c);
-    }
+        backward<C, G>(n.length, {x.q, x.k, x.v.channels(r), x.a, x.b, x.S.rows(r)}, w.channels(r),
+                       {dy.d_o.channels(r), dy.dS_end.rows(r)},
+                       {dx.dq, dx.dk, dx.dv.channels(r), dx.dlog_a, dx.db, dx.dS.rows(r)}, states);
 }
 
 }  // namespace
@@ -207,27 +187,25 @@ void gated_delta_forward(const Sizes *n, const Tensor *q, const Tensor *k, const
 
 // Returns 0, or 1 when there was no memory.
 int gated_delta_backward(const Sizes *n, const Tensor *q, const Tensor *k, const Tensor *v, const Tensor *a,
-                         const Tensor *b, const Tensor *S, const Tensor *o, const Tensor *w, const Tensor *d_o,
-                         const Tensor *dS_end, const Tensor *dq, const Tensor *dk, const Tensor *dv,
-                         const Tensor *dlog_a, const Tensor *db, const Tensor *dS) {
-    const int64_t T = n->length, at_once = n->d_k < 128 ? 256 : 512;  // floats in the rows at hand
+                         const Tensor *b, const Tensor *S, const Tensor *w, const Tensor *d_o, const Tensor *dS_end,
+                         const Tensor *dq, const Tensor *dk, const Tensor *dv, const Tensor *dlog_a, const Tensor *db,
+                         const Tensor *dS) {
+    const int64_t at_once = n->d_k < 128 ? 256 : 512;  // floats in the rows at hand
     int failed = 0;
 #pragma omp parallel num_threads(n->threads)
     {
-        float *memory = (float *)malloc((at_once + 2) * T * sizeof(float));
-        Room room = {memory + at_once * T, memory + (at_once + 1) * T, (vec *)memory};
-        if (!memory) failed = 1;
+        vec *states = (vec *)malloc(at_once * (n->length + 1) * sizeof(float));
+        if (!states) failed = 1;
 #pragma omp for
         for (int64_t i = 0; i < n->batch * n->heads; i++) {
-            if (!memory) continue;
+            if (!states) continue;
             auto head = [=](const Tensor *x) { return x->of(i / n->heads, i % n->heads); };
             Given x = {head(q), head(k), head(v), head(a), head(b), head(S)};
-            Found y = {head(o), head(w), {}};
             GivenGradients dy = {head(d_o), head(dS_end)};
             FoundGradients dx = {head(dq), head(dk), head(dv), head(dlog_a), head(db), head(dS)};
-            BY_SIZE(backward_head, *n, x, y, dy, dx, room)
+            BY_SIZE(backward_head, *n, x, head(w), dy, dx, states)
         }
-        free(memory);
+        free(states);
     }
     return failed;
 }
