@@ -96,7 +96,7 @@ class FastWeightMixer(nn.Module):
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
         with torch.autocast(x.device.type, enabled=False):
             o, S = gated_delta_fast(q, k, v, log_a, b, S)  # (b, h, l, d)
-            o = F.rms_norm(o, self.norm.shape, self.norm, EPSILON)
+            o = F.rms_norm(o, self.norm.shape, self.norm.to(o.dtype), EPSILON)
         o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
         return self.out(o.to(gate.dtype)), S  # (b, l, w)
 

@@ -204,6 +204,8 @@ def training_step(
     for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    if scaler.is_enabled() and not norm.isfinite():  # one decision for all: where one cannot move, none does
+        state.model.zero_grad(set_to_none=True)
     for optimizer in state.optimizers:
         scaler.step(optimizer)
     scaler.update()

@@ -304,6 +304,24 @@ def test_mixed_precision_trains(autocast, make_model):
     assert len(history.loss) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_model_of_another_precision_trains(dtype, make_model):
+    model = make_model().to(dtype)
+    history = train(model, TASK, replace(CONFIG, steps=100, batch=16))
+    assert history.loss[-1] < history.majority_loss < history.loss[0]
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("autocast", ["", "bfloat16", "float16"])
+def test_gradients_that_are_too_large_for_float16_are_skipped_by_both_optimizers(autocast, make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight.mul_(100)
+    history = train(model, TASK, replace(CONFIG, steps=80, batch=16, autocast=autocast))
+    assert history.loss[0] > 10 * history.majority_loss > 5 * history.loss[-1]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "settings",
     [
