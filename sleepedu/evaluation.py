@@ -6,7 +6,7 @@ from sleepedu import checks
 from sleepedu.intervals import Accuracy, Table, wilson_interval
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
-from sleepedu.tasks.base import Episode, Task, check_task
+from sleepedu.tasks.base import UNSCORED, Episode, Task, check_task
 from sleepedu.tasks.random_streams import TESTING, stream
 
 BATCH = 500  # examples that are read at once
@@ -19,7 +19,8 @@ def accuracy_by_depth(
     """Return how often the model is right at every depth of the task, on ``examples`` fresh examples per depth.
 
     They come from another random stream than training's; where a task is small, some may coincide. The interval is
-    Wilson's, and an example counts once however many questions it asks, as these are not independent.
+    Wilson's, and an example counts once however many questions it asks, as these are not independent; one that asks
+    nothing does not count.
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
     outside 0..2^32 - 1, a vocabulary smaller than the task's or a scoring other than "each" and "all".
     """
@@ -30,15 +31,18 @@ def accuracy_by_depth(
     device = model.head.weight.device
     table = {}
     for depth in task.depths:
-        right, asked = 0.0, []
+        right, episodes = 0.0, []
         for number, start in enumerate(range(0, examples, batch)):
             generator = stream(seed, TESTING, 10_000 * (depth + 1) + number)
             episode = task.sample(min(batch, examples - start), generator, depth)
             answers = run_episode(model, episode.to(device), passes).argmax(-1).cpu()
             right += _share_right(task, answers == episode.targets, episode.asked).sum().item()
-            asked.append(episode)
-        share, constant = right / examples, _right_by_constant(task, asked) / examples
-        table[depth] = Accuracy(share, *wilson_interval(share, examples), examples, constant)
+            episodes.append(episode)
+        asking = sum(int(episode.asked.any(dim=1).sum()) for episode in episodes)
+        if not asking:
+            raise ValueError(f"the {task.name} task asks nothing at depth {depth}: all its targets are {UNSCORED}")
+        share, constant = right / asking, _right_by_constant(task, episodes) / asking
+        table[depth] = Accuracy(share, *wilson_interval(share, asking), asking, constant)
     return table
 
 
@@ -48,14 +52,14 @@ def check_examples(examples: int, batch: int = BATCH) -> None:
 
 
 def _share_right(task: Task, right: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Return for every example the share of its answers that count as right: (b,)."""
+    """Return for every example the share of its answers that count as right, 0 where it asks nothing: (b,)."""
     if task.scoring == "all":
-        return (right | ~asked).all(dim=1).double()
+        return ((right | ~asked).all(dim=1) & asked.any(dim=1)).double()
     # The model reads the right first token before it gives the second; decoding greedily, it would read its own. What
     # counts is the same: either they are equal, or the answer is wrong already.
     whole = right[asked].view(-1, task.answer_tokens).all(dim=1)
     right = right.masked_scatter(asked, whole.repeat_interleave(task.answer_tokens))
-    return (right & asked).sum(dim=1) / asked.sum(dim=1).double()
+    return (right & asked).sum(dim=1) / asked.sum(dim=1).clamp(min=1).double()
 
 
 def _right_by_constant(task: Task, episodes: list[Episode]) -> float:

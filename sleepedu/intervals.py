@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, stdtrit  # quantiles of the normal distribution and of Student's t
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 
@@ -45,6 +44,8 @@ def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
 
     That is, whether Newcombe's interval for their difference leaves out 0, at 95% for so many comparisons together.
     """
+    from scipy.special import ndtri  # in here, as SciPy takes a while to load
+
     z = ndtri(1 - 0.05 / (2 * comparisons))
     more, less = (one, other) if one.accuracy >= other.accuracy else (other, one)
     low, _ = wilson_interval(more.accuracy, more.n, z)
@@ -59,6 +60,8 @@ def differing(one: Table, other: Table, comparisons: int) -> list[int]:
 
 def student_reach(n: int) -> float:
     """Return how many standard errors Student's 95% interval reaches to each side of a mean of n numbers."""
+    from scipy.special import stdtrit
+
     return float(stdtrit(n - 1, 0.975))
 
 

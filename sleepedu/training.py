@@ -231,7 +231,7 @@ def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, T
     """
     asked = episode.asked
     logits, targets = logits[asked], episode.targets[asked]
-    count = count or len(targets)
+    count = max(count or len(targets), 1)  # who asks nothing adds nothing
     right = (logits.detach().argmax(-1) == targets).sum()
     # Sums, because a rank's rows may have no scored token, and the mean of nothing is no number.
     return F.cross_entropy(logits, targets, reduction="sum") / count, right / count

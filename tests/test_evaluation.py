@@ -231,3 +231,27 @@ def test_a_single_run_keeps_its_own_interval_and_none_is_refused():
     assert across_seeds([single]) == single
     with pytest.raises(ValueError, match="no run"):
         across_seeds([])
+
+
+@pytest.mark.parametrize("scoring", ["each", "all"])
+def test_an_example_that_asks_nothing_does_not_count_and_a_task_without_questions_is_refused(scoring, make_model):
+    class Sometimes(GraphRetrieval):
+        every = 3
+
+        def sample(self, batch, generator, depth=None):
+            episode = super().sample(batch, generator, depth)
+            silent = torch.arange(batch)[:, None] % self.every > 0
+            return replace(episode, targets=episode.targets.masked_fill(silent, -100))
+
+    Sometimes.scoring = scoring
+    task = Sometimes(nodes=4, hops=1, queries=2)
+    found = accuracy_by_depth(make_model(), task, passes=1, examples=30)[1]
+    assert found.n == 10 and 0 <= found.accuracy <= 1 and 0 < found.majority < 1
+    Sometimes.every = 1
+    whole = accuracy_by_depth(make_model(), task, passes=1, examples=30)[1]
+    assert whole.n == 30
+    Sometimes.sample = lambda self, batch, generator, depth=None: replace(
+        (episode := GraphRetrieval.sample(self, batch, generator, depth)), targets=episode.targets.fill_(-100)
+    )
+    with pytest.raises(ValueError, match="the graph task asks nothing at depth 1"):
+        accuracy_by_depth(make_model(), task, passes=1, examples=30)

@@ -134,7 +134,8 @@ def test_one_can_do_without(calls):
 
 
 @pytest.fixture
-def fresh():
+def fresh(monkeypatch):
+    monkeypatch.setattr(fast, "_cpp", None)
     cpp.compiled_code.cache_clear()
     yield
     cpp.compiled_code.cache_clear()
@@ -152,6 +153,21 @@ def test_a_compiler_that_fails_is_as_good_as_none(fresh, monkeypatch, tmp_path, 
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     assert not fast.cpp_is_available()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope", "a file"])
+def test_without_a_place_to_write_there_is_none(fresh, monkeypatch, tmp_path, folder):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cpp.tempfile, "tempdir", folder if folder.startswith("/") else str(tmp_path / "file"))
+    assert not fast.cpp_is_available()
+    assert gated_delta_fast(*make_inputs(1, 1, 3, 16, 16, dtype=torch.float32))[0].isfinite().all()
+
+
+def test_importing_loads_no_compiler_and_needs_no_place_to_write():
+    code = "import sys, sleepedu; assert not [name for name in sys.modules if name.startswith(('torch._dynamo', 'scipy'))]"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/proc/nope"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @compiled

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleepedu import checkpoint, training
+from sleepedu import checkpoint, fast, training
 from sleepedu.checkpoint import Checkpoint
+from sleepedu.fast import cpp
 from sleepedu.fast.compiling import can_compile
 from sleepedu.lab import experiments
 from sleepedu.model import SleepLM
@@ -372,12 +373,18 @@ def test_compiled_training_gives_the_same_losses(make_model):
     assert "blocks" not in vars(compiled), "after training the model runs its own blocks again"
 
 
-def test_without_a_compiler_training_says_so_and_goes_on(make_model, monkeypatch):
+@pytest.mark.parametrize("compiler", ["none", "false"])
+def test_without_a_compiler_that_works_training_says_so_once_and_goes_on(compiler, make_model, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "/usr/bin/false" if compiler == "false" else "")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.warns(UserWarning, match="no compiler"):
-        history = train(make_model("g"), TASK, replace(CONFIG, steps=2), compile=True)
-    assert len(history.loss) == 2
+    monkeypatch.setattr(fast, "_cpp", None)
+    cpp.compiled_code.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no compiler here that works") as told:
+            history = train(make_model("g"), TASK, replace(CONFIG, steps=2), compile=True)
+    finally:
+        cpp.compiled_code.cache_clear()
+    assert len(history.loss) == 2 and len(told) == 1 and capfd.readouterr() == ("", "")
 
 
 def test_recomputed_training_gives_the_same_losses(make_model):

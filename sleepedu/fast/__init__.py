@@ -13,7 +13,7 @@ from torch import Tensor
 from sleepedu.fast import cpp
 from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
-_cpp_wanted = True
+_cpp: bool | None = None  # a plain value, which torch.compile can read; None until it is first asked for
 
 
 def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,18 +30,20 @@ def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, 
     return gated_delta_chunked(q, k, v, log_a, b, S)
 
 
-@torch.compiler.assume_constant_result
 def cpp_is_available() -> bool:
     """Return whether the rule runs in C++ where it can; the first time, compile it."""
-    return _cpp_wanted and cpp.compiled_code() is not None
+    global _cpp
+    if _cpp is None:
+        _cpp = cpp.compiled_code() is not None
+    return _cpp
 
 
 @contextlib.contextmanager
 def without_cpp() -> Iterator[None]:
     """Do without the rule in C++ meanwhile."""
-    global _cpp_wanted
-    before, _cpp_wanted = _cpp_wanted, False
+    global _cpp
+    before, _cpp = _cpp, False
     try:
         yield
     finally:
-        _cpp_wanted = before
+        _cpp = before

@@ -3,18 +3,23 @@
 import contextlib
 import ctypes
 import importlib.util
+import sysconfig
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sleepedu.fast.cpp import find_compiler
+from sleepedu.fast import cpp_is_available
+from sleepedu.fast.cpp import compiled_code
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for a GPU."""
-    return find_compiler() is not None if device.type == "cpu" else importlib.util.find_spec("triton") is not None
+    """Return whether torch.compile finds what it needs: for a CPU C++ that works and Python.h, for a GPU Triton."""
+    if device.type != "cpu":
+        return importlib.util.find_spec("triton") is not None
+    return compiled_code() is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 @contextlib.contextmanager
@@ -25,9 +30,10 @@ def compiled_blocks(model: Any) -> Iterator[None]:
     be compiled after all, it runs as it is.
     """
     if not can_compile(next(model.parameters()).device):
-        warnings.warn("there is no compiler here, so training goes on without torch.compile", stacklevel=4)
+        warnings.warn("there is no compiler here that works, so training goes on without torch.compile", stacklevel=4)
         yield
         return
+    cpp_is_available()  # so that it is known when the compiler comes to it
     # The blocks run many times before gradients are averaged: there is nothing to split them for (optimize_ddp).
     with torch._dynamo.config.patch(suppress_errors=True, optimize_ddp=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the compiler's own

@@ -24,21 +24,16 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 FURTHER = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
 
-def find_compiler() -> str | None:
-    """Return the C++ compiler there is here, or None."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-
-
 @functools.cache
 def compiled_code() -> ctypes.CDLL | None:
-    """Return the compiled code, or None where it cannot be had."""
-    if (program := find_compiler()) is None:
-        return None
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    """Return the compiled code, or None where it cannot be had: no compiler, no room for a file, or none that works."""
+    program = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    # It may not run, or not end, or make what cannot be loaded; and there may be no folder to write to.
+    failures = (OSError, subprocess.TimeoutExpired)
+    with contextlib.suppress(*failures), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "gated_delta.so"
-        for further in FURTHER:
-            # It may not run, or not end, or make what cannot be loaded.
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        for further in FURTHER if program else ():
+            with contextlib.suppress(*failures):
                 made = subprocess.run([program, *FLAGS, *further, SOURCE, "-o", path], capture_output=True, timeout=60)
                 if made.returncode == 0:
                     return ctypes.CDLL(str(path))
