@@ -39,13 +39,9 @@ class Checkpoint:
         """Bring a run to where it stood, if the folder has it, and have the folder to itself meanwhile."""
         rank, ranks = rank_and_ranks()
         self._saved = time.perf_counter()
-        settings = {
-            "name": task.name,
-            "task": asdict(task),
-            "model": asdict(state.model.config),
-            "train": asdict(config),
-        }
-        self._settings = json.dumps(settings, sort_keys=True)
+        check_settings(task)
+        settings = {"task": asdict(task), "model": asdict(state.model.config), "train": asdict(config)}
+        self._settings = json.dumps(settings | {"name": task.name}, sort_keys=True)
         lock: AbstractContextManager = files.sole_use(self.path.parent) if rank == 0 else nullcontext()
         signals: AbstractContextManager[list[int]] = held_signals() if ranks == 1 else nullcontext([])
         with lock, signals as self._signals:
@@ -92,6 +88,20 @@ class Checkpoint:
         """Delete the file of a finished run, and what a kill in the middle of a save has left of the next."""
         for file in (self.path, self.path.with_suffix(".partial")):
             file.unlink(missing_ok=True)
+
+
+def check_settings(task: Task) -> None:
+    """Raise ValueError unless all that makes this task are fields of its class, of a kind that can be stored."""
+    if "__dataclass_fields__" not in vars(type(task)):
+        raise ValueError(f"the settings of {type(task).__name__} are not known: make it a @dataclass(frozen=True)")
+    for name, value in asdict(task).items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise ValueError(
+                f"{name} of the task is a {kind}, which cannot be stored: use numbers, words, tuples"
+            ) from None
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def train(
     Raises ValueError for a task that does not fit the model or asks nothing, a batch that does not divide among the
     ranks, or a checkpoint that is broken or of other settings; FloatingPointError when the loss is no number any more.
     """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     check_task(task, model.config.vocabulary)
     device, (rank, ranks) = model.head.weight.device, rank_and_ranks()
     if config.batch % ranks:

@@ -50,6 +50,7 @@ class Questions(GraphRetrieval):
         return replace(episode, targets=episode.targets.masked_fill(late, UNSCORED))
 
 
+@dataclass(frozen=True)
 class Interrupting(Questions):
     lasts = 2
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def assert_same(model, other):
         assert torch.equal(x, y)
 
 
+@dataclass(frozen=True)
 class Signalling(GraphRetrieval):
     """Graph retrieval whose third batch comes with a signal."""
 
@@ -80,6 +82,7 @@ def test_ctrl_c_ends_the_step_and_saves(entries, make_model, tmp_path, handle_si
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert torch.load(tmp_path / Checkpoint.FILE)["step"] == 3
 
+    @dataclass(frozen=True)
     class Counting(GraphRetrieval):
         def sample(self, batch, generator, depth=None):
             rest.append(generator.initial_seed()) if batch == config.batch else None

@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,7 @@ def interrupt_at(step):
 def recording(seen):
     """A task like TASK that keeps every batch it draws for training in the list ``seen``."""
 
+    @dataclass(frozen=True)
     class Recording(GraphRetrieval):
         def sample(self, batch, generator, depth=None):
             episode = super().sample(batch, generator, depth)
@@ -171,6 +173,35 @@ def test_a_checkpoint_of_other_settings_is_refused(interrupted, make_model):
     ):
         with pytest.raises(ValueError, match=f"{interrupted} is of a run with other settings"):
             train(model, task, config, checkpoint=Checkpoint(interrupted.parent))
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), {1, 2}, Path("words.txt"), b"words"], ids=lambda v: type(v).__name__)
+def test_a_task_whose_settings_cannot_be_stored_is_refused_by_name(value, make_model, tmp_path):
+    @dataclass(frozen=True)
+    class Odd(GraphRetrieval):
+        extra: object = None
+
+    odd = Odd(nodes=4, hops=2, queries=3, extra=value)
+    with pytest.raises(ValueError, match=f"extra of the task is a {type(value).__name__}, which cannot be stored"):
+        train(make_model(), odd, CONFIG, checkpoint=Checkpoint(tmp_path))
+    assert train(make_model(), odd, replace(CONFIG, steps=1)).step == [1], "without a checkpoint nothing is stored"
+
+
+def test_a_task_with_settings_that_are_no_fields_is_refused(make_model, tmp_path):
+    class Flipped(GraphRetrieval):
+        def __init__(self, flip):
+            super().__init__(nodes=4, hops=2, queries=3)
+            object.__setattr__(self, "flip", flip)
+
+    with pytest.raises(ValueError, match=r"the settings of Flipped are not known: make it a @dataclass"):
+        train(make_model(), Flipped(True), CONFIG, checkpoint=Checkpoint(tmp_path))
+
+
+def test_what_torch_compile_returns_is_trained_as_the_model_in_it(make_model):
+    plain, wrapped = make_model(), make_model()
+    train(plain, TASK, replace(CONFIG, steps=2))
+    train(torch.compile(wrapped), TASK, replace(CONFIG, steps=2))
+    assert_same_weights(wrapped, plain)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])

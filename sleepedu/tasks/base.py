@@ -126,11 +126,11 @@ def check_task(task: Task, vocabulary: int) -> None:
 
 
 def majority_loss(task: Task) -> float:
-    """Return the loss of the best constant answer, in nats a scored token: the answers' entropy over 4,096 examples.
+    """Return the loss of the best constant answer, in nats a scored token: the entropy of the answers to examples.
 
-    Raises ValueError for episodes that ask nothing.
+    There are 4,096, or fewer that have about a million tokens. Raises ValueError for episodes that ask nothing.
     """
-    episode = task.sample(4096, stream(0, TESTING, 0))
+    episode = task.sample(min(4096, 1 + 2**20 // task.tokens_per_example), stream(0, TESTING, 0))
     if not episode.asked.any():
         raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
     answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
