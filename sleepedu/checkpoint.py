@@ -61,7 +61,11 @@ class Checkpoint:
             stored = files.unpack(content[0])
             other = stored["settings"] != self._settings
             if not other:
-                restore(state, stored)
+                for name, part in stateful(state).items():
+                    part.load_state_dict(stored[name])
+                vars(state.history).update(stored["history"])
+                vars(state).update({name: stored[name] for name in PLAIN})
+                state.sums = state.sums.to(state.model.head.weight.device)
         except Exception as error:  # torch raises whatever broken bytes lead it to
             raise ValueError(
                 f"{self.path} is not a whole checkpoint ({files.first_line(error)}): delete it to start anew"
@@ -76,8 +80,11 @@ class Checkpoint:
             return
         late = time.perf_counter() - self._saved > SAVE_EVERY and state.step < config.steps
         if (late or self._signals) and state.sums.isfinite().all():  # else the run fails, and what was good stays
+            content = {"settings": self._settings, "history": vars(state.history)}
+            content |= {name: part.state_dict() for name, part in stateful(state).items()}
+            content |= {name: getattr(state, name) for name in PLAIN}
             try:
-                files.write(self.path, files.pack({"settings": self._settings, **contents(state)}))
+                files.write(self.path, files.pack(content))
             except OSError as error:
                 warnings.warn(f"{error}; training goes on and tries again", stacklevel=3)
             self._saved = time.perf_counter()
@@ -128,24 +135,6 @@ def held_signals() -> Iterator[list[int]]:
 
 
 def stateful(state: TrainingState) -> dict[str, Any]:
-    """Return all that changes while training and has a state_dict of its own, by name."""
+    """Return what changes while training and has a state_dict of its own, by name."""
     optimizers = {f"optimizer{number}": optimizer for number, optimizer in enumerate(state.optimizers)}
     return {"model": state.model, "scaler": state.scaler, **optimizers}
-
-
-def contents(state: TrainingState) -> dict[str, Any]:
-    """Return all that changes while training as plain values and tensors."""
-    plain = {name: getattr(state, name) for name in PLAIN}
-    return {name: part.state_dict() for name, part in stateful(state).items()} | {
-        "history": vars(state.history),
-        **plain,
-    }
-
-
-def restore(state: TrainingState, stored: dict[str, Any]) -> None:
-    """Bring a state to what ``contents`` said of another."""
-    for name, part in stateful(state).items():
-        part.load_state_dict(stored[name])
-    vars(state.history).update(stored["history"])
-    vars(state).update({name: stored[name] for name in PLAIN})
-    state.sums = state.sums.to(state.model.head.weight.device)
