@@ -34,6 +34,8 @@ class Session:
         self.S = model.empty_fast_weights(batch)
         self.tokens_read = self.sleeps = 0
         self.passes_taken = torch.zeros(batch, dtype=torch.long, device=model.head.weight.device)
+        self._cache: list[WindowCache]
+        self._filled: int
         self._clear_window()
 
     @property
@@ -136,7 +138,7 @@ class Session:
         return self.model.out(h)
 
     def _clear_window(self) -> None:
-        self._cache: list[WindowCache] = self.model.empty_cache()
+        self._cache = self.model.empty_cache()
         self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
         self._filled = 0
 

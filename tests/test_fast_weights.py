@@ -195,7 +195,9 @@ def test_a_gate_that_forgets_everything_hides_none_of_those_after_it(rule, huge)
 def test_the_gradient_of_a_gate_is_as_small_as_the_gate(rule, forgetting, where):
     length = 2 if where == "everywhere" else 130
     q, k, v, log_a, b, S = make_inputs(1, 2, length, 16, 16, "little", torch.float32)
-    place = {"everywhere": slice(None), "once in 20 tokens": slice(7, None, 20), "every ninth": slice(3, None, 9)}[where]
+    place = {"everywhere": slice(None), "once in 20 tokens": slice(7, None, 20), "every ninth": slice(3, None, 9)}[
+        where
+    ]
     log_a[:, :, place] = forgetting
     inputs = (q, k, v, log_a, b, S)
     found = outputs_and_gradients(rule, inputs)

@@ -125,7 +125,6 @@ def assert_fits(task, episode):
     assert episode.prompt.shape[1] == task.prompt_length
 
 
-
 @holds(made=made_tasks, batch=odd, depth=st.one_of(st.none(), small), seed=st.integers(0, 2**32))
 def test_a_task_samples_what_it_says_or_refuses(made, batch, depth, seed):
     kind, chosen = made

@@ -27,7 +27,7 @@ FURTHER = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",),
 @functools.cache
 def compiled_code() -> ctypes.CDLL | None:
     """Return the compiled code, or None where it cannot be had: no compiler, no room for a file, or none that works."""
-    program = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    program = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), "")
     # It may not run, or not end, or make what cannot be loaded; and there may be no folder to write to.
     failures = (OSError, subprocess.TimeoutExpired)
     with contextlib.suppress(*failures), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

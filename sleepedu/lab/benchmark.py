@@ -60,15 +60,11 @@ def alternately(
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
         if turn >= 4 and time.perf_counter() > end:
             break
-    found = {}
-    for name, values in times.items():
-        low, median, high = (round(x, 4) for x in statistics.quantiles(values, n=4))
-        found[name] = {"ms": median, "low": low, "high": high, "rounds": len(values)}
-    return found
+    found = {name: [round(x, 4) for x in statistics.quantiles(values[1:], n=4)] for name, values in times.items()}
+    return {name: {"ms": ms, "low": low, "high": high, "rounds": turn} for name, (low, ms, high) in found.items()}
 
 
 def count_operations(function: Callable[[], object]) -> int:
@@ -81,8 +77,9 @@ def count_operations(function: Callable[[], object]) -> int:
     solve = {aten.linalg_solve_triangular: lambda A, right, **options: math.prod(A) * right[-1]}
     counter = FlopCounterMode(display=False, custom_mapping=solve)
     for end in ("", "_backward"):  # it knows how to count attention, but leaves out what that is called on a CPU
-        known = flop_registry[getattr(aten, attention + end)]
-        counter.flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = known
+        counter.flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = flop_registry[
+            getattr(aten, attention + end)
+        ]
     with without_cpp(), counter:
         function()
     return counter.get_total_flops()
@@ -135,34 +132,28 @@ def time_step(device: torch.device) -> Iterator[Row]:
     sizes = ("smoke", "laptop", "paper") if device.type == "cuda" else ("smoke", "laptop")
     for task, size, passes in ((*key, passes) for key in RECIPES if key[1] in sizes for passes in (1, 4)):
         experiment = Experiment(task, size, passes=passes)
-        plain, compiled = (SleepLM(experiment.model_config).to(device) for _ in range(2))
-        ways = {"plain": _step_of(experiment, plain)}
-        with compiled_blocks(compiled) if can_compile(device) else contextlib.nullcontext():
-            if can_compile(device):
-                ways["compiled"] = _step_of(experiment, compiled)
+        config, questions, ways = experiment.train_config, experiment.make_task(), {}
+        episode = questions.sample(config.batch, stream(0, TRAINING, 0)).to(device)
+        with contextlib.ExitStack() as stack:
+            for way in ("plain", "compiled") if can_compile(device) else ("plain",):
+                model = SleepLM(experiment.model_config).to(device)
+                if way == "compiled":
+                    stack.enter_context(compiled_blocks(model))
+                state = begin_training(model, questions, config)
+                ways[way] = partial(training_step, state, AnsweringEpisodes(model), episode, passes, config)
             found = alternately(ways, device)
-        tokens = experiment.train_config.batch * experiment.make_task().tokens_per_example
-        best = min(way["ms"] for way in found.values())
-        operations = count_operations(ways["plain"])
+        best, operations = min(way["ms"] for way in found.values()), count_operations(ways["plain"])
         yield {
             **{"task": task, "size": size, "passes": passes, **found},
-            "tokens a second": round(1e3 * tokens / best),
+            "tokens a second": round(1e3 * config.batch * questions.tokens_per_example / best),
             "operations": operations,
             "share": round(operations / (2 * 1024**3) * product / best, 3),
         }
 
 
-def _step_of(experiment: Experiment, model: SleepLM) -> Callable[[], Tensor]:
-    """Return the training step of an experiment's model, on its first batch."""
-    task, config = experiment.make_task(), experiment.train_config
-    episode = task.sample(config.batch, stream(0, TRAINING, 0)).to(model.head.weight.device)
-    state = begin_training(model, task, config)
-    return partial(training_step, state, AnsweringEpisodes(model), episode, experiment.passes, config)
-
-
 def time_sleep(device: torch.device) -> Iterator[Row]:
     """Time a sleep on one window, by N and by the window's length L."""
-    model = _model(device)
+    model = SleepLM(MODEL).to(device).eval()
     for length in WINDOWS:
         tokens = torch.randint(MODEL.vocabulary, (1, length), device=device)
         ways = {n: torch.no_grad()(partial(sleep, model, tokens, passes=n)) for n in PASSES}
@@ -175,7 +166,7 @@ def time_answer(device: torch.device) -> Iterator[Row]:
 
     Every stream ends half-way into a window. held: bytes that are kept between two tokens, S and cache.
     """
-    model, token = _model(device), torch.zeros(1, 1, dtype=torch.long, device=device)
+    model, token = SleepLM(MODEL).to(device).eval(), torch.zeros(1, 1, dtype=torch.long, device=device)
     sessions = {(n, READ_BEFORE[0]): Session(model, WINDOW, n) for n in PASSES}
     sessions |= {(1, read): Session(model, WINDOW, 1) for read in READ_BEFORE[1:]}
     for (_, read), session in sessions.items():
@@ -187,7 +178,7 @@ def time_answer(device: torch.device) -> Iterator[Row]:
 
     # The cache is filled with random numbers: to read that much takes a time that grows with its square, and how long
     # an answer takes does not depend on what is in the cache.
-    transformer, size = _model(device, "a" * len(MODEL.layout)), MODEL.width // MODEL.heads
+    transformer = SleepLM(replace(MODEL, layout="a" * len(MODEL.layout))).to(device).eval()
 
     @torch.no_grad()
     def answer(cache: list[WindowCache]) -> Tensor:
@@ -195,17 +186,13 @@ def time_answer(device: torch.device) -> Iterator[Row]:
 
     for read in READ_BEFORE:
         try:
-            cache = [WindowCache(*torch.randn(2, 1, MODEL.heads, read, size, device=device)) for _ in MODEL.layout]
-            row = alternately({"answer": partial(answer, cache)}, device, 100)["answer"]
+            kept = [
+                torch.randn(2, 1, MODEL.heads, read, MODEL.width // MODEL.heads, device=device) for _ in MODEL.layout
+            ]
+            row = alternately({"": partial(answer, [WindowCache(*layer) for layer in kept])}, device, 100)[""]
         except RuntimeError:  # out of memory
             return
-        held = sum(tensor.nbytes for layer in cache for tensor in vars(layer).values() if tensor is not None)
-        yield {"model": "transformer", "passes": 1, "read": read} | row | {"held": held}
-
-
-def _model(device: torch.device, layout: str = MODEL.layout) -> SleepLM:
-    torch.manual_seed(0)
-    return SleepLM(replace(MODEL, layout=layout)).to(device).eval()
+        yield {"model": "transformer", "passes": 1, "read": read} | row | {"held": sum(layer.nbytes for layer in kept)}
 
 
 PARTS = {"rule": time_rule, "step": time_step, "sleep": time_sleep, "answer": time_answer}

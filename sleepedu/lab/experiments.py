@@ -41,13 +41,10 @@ def run(
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
     for store in (run_store.COMMITTED, Path(directory)):
         path = store / experiment.name
-        if (path / "run.json").exists():
-            found = load_run(path)
-            if found.settings == experiment.settings:
-                if store != run_store.COMMITTED:
-                    Checkpoint(path).remove()  # there is one when the run was killed as it finished
-                return found
-    path = Path(directory) / experiment.name
+        if (path / "run.json").exists() and (found := load_run(path)).settings == experiment.settings:
+            if store != run_store.COMMITTED:
+                Checkpoint(path).remove()  # there is one when the run was killed as it finished
+            return found
     return train_and_store(experiment, path, where, watch, examples, compile=compile, recompute=recompute)
 
 
@@ -55,11 +52,10 @@ def train_and_store(
     experiment: Experiment,
     path: Path,
     device: torch.device,
-    watch: Callable[[History, TrainConfig], None] | None = None,
-    examples: int = 2000,
-    *,
-    compile: bool | None = None,
-    recompute: bool = False,
+    watch: Callable[[History, TrainConfig], None] | None,
+    examples: int,
+    compile: bool | None,
+    recompute: bool,
 ) -> Run | None:
     """Train, evaluate and store a run in the folder ``path``, whatever the stores have; arguments as in ``run``."""
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)

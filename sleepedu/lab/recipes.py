@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sleepedu import checks
 from sleepedu.model import CARRIES, ModelConfig
@@ -11,20 +11,27 @@ from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
 
 
-MODELS = {  # what is compared, by what tables call it, given N
-    "sleep": "N={}",  # the hybrid of attention and fast weights, sleeping N passes on every window
-    "varied": "N=1 to {}",  # the same, trained with N drawn anew for every batch, from 1 to N
-    "transformer": "transformer",  # attention only, evicting every window: what is left of the past is nothing
-    "kept": "keeps its cache",  # attention only, evicting nothing: it looks back at everything when it answers
-    "longer": "N=1, 4x steps",  # the hybrid at N = 1, trained on four times the steps
-    "deeper": "N=1, 4x layers",  # the hybrid at N = 1, with four times the layers
+class Kind(NamedTuple):
+    """A kind of model that is compared: what tables call it, given N, what it is, and whether it has an N."""
+
+    label: str
+    description: str
+    sleeps: bool = False
+
+
+MODELS = {
+    "sleep": Kind("N={}", "the hybrid of attention and fast weights, sleeping N passes on every window", True),
+    "varied": Kind("N=1 to {}", "the same, trained with N drawn anew for every batch, from 1 to N", True),
+    "transformer": Kind("transformer", "attention only, evicting every window: what is left of the past is nothing"),
+    "kept": Kind("keeps its cache", "attention only, evicting nothing: it looks back at everything when it answers"),
+    "longer": Kind("N=1, 4x steps", "the hybrid at N = 1, trained on four times the steps"),
+    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers"),
 }
-SLEEPERS = ("sleep", "varied")  # the models that have an N
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one task is trained in one size: the settings of task, model and training."""
+    """How one task is trained in one size: settings of task, model and training, and what depends on N."""
 
     task: Mapping[str, Any]
     model: Mapping[str, Any]
@@ -38,21 +45,14 @@ SHORT = {"steps": 300, "batch": 64}
 RING = {"nodes": 8, "hops": 4, "queries": 8}
 ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
+MANY_RINGS = {"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3, "tested": (1, 2, 4, 8, 16)}
 RECIPES = {
     ("graph", "smoke"): Recipe({"nodes": 6, "hops": 3, "queries": 6}, SMALL, SHORT),
     ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS),
     # As laptop, but what is to be joined lies in several windows.
     ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS),
     ("graph", "paper"): Recipe(
-        {
-            "nodes": 75,
-            "hops": 16,
-            "queries": 10,
-            "windows": 4,
-            "shortest": 3,
-            "tested": (1, 2, 4, 8, 16),
-            "name_tokens": 2,
-        },
+        {**MANY_RINGS, "name_tokens": 2},
         {"layout": "gaga", "width": 512, "heads": 8},
         {"steps": 100_000, "batch": 128, **PAPER},
     ),
@@ -92,7 +92,11 @@ def _setting(default: Any, what: str) -> Any:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run in words, as the command line asks for it; raises ValueError for what makes no model or no training."""
+    """One run in words: task x size x model x N x seed; the command line asks for the same fields.
+
+    Raises ValueError for an unknown name, N < 1, N > 1 for a model that does not sleep, N = 1 for one of varied N, and
+    whatever makes no model or training.
+    """
 
     task: str = field(metadata={"help": f"one of {', '.join(TASKS)}"})
     size: str = _setting("laptop", f"one of {', '.join(SIZES)}, if the task has it")
@@ -110,7 +114,7 @@ class Experiment:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         if self.model == "varied" and self.passes == 1:
             raise ValueError("model 'varied' draws N from 1 to passes: passes must be above 1")
-        if self.model not in SLEEPERS and self.passes != 1:
+        if not MODELS[self.model].sleeps and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
         checks.whole("steps", self.steps, least=0)
         checks.finite("learning_rate", self.learning_rate)
@@ -119,10 +123,10 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The name of the run and of its folder."""
+        """The run's name, and that of its folder."""
         parts = [
             f"{self.task}-{self.size}-{self.model}",
-            f"N{self.passes}" if self.model in SLEEPERS else "",
+            f"N{self.passes}" if MODELS[self.model].sleeps else "",
             self.carry if self.carry != self.recipe.carry else "",
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
@@ -155,7 +159,7 @@ class Experiment:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the result depends on besides the machine, as it stands in a stored run."""
+        """Everything the result depends on besides the machine, as it stands in a stored run."""
         task = {"name": self.task, **asdict(self.make_task())}
         settings = {"task": task, "model": asdict(self.model_config), "train": asdict(self.train_config)}
         return json.loads(json.dumps(settings))  # tuples become lists, as they do on disk

@@ -51,11 +51,11 @@ class Run:
 
     def make_task(self) -> Task:
         """Return the task as it was trained on."""
-        task = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings["task"].items()}
-        return TASKS[task.pop("name")](**task)
+        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings["task"].items()}
+        return TASKS[str(settings.pop("name"))](**settings)
 
     def load_model(self, device: str = "cpu") -> SleepLM:
-        """Return the trained model. Raises FileNotFoundError or ValueError for missing or broken weights or a device."""
+        """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
         file = self.path / "weights.pt"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")

@@ -14,16 +14,19 @@ from sleepedu.tasks.base import Episode, Task
 
 @dataclass(frozen=True)
 class CellularAutomaton(Task):
-    """Rows of random bits, one row a window, then questions about them after t steps; depth is t.
+    """Rows of ``cells`` random bits, one row a window, then questions about them after t steps.
 
-    An example is right when all its bits are. Raises ValueError for settings outside those below.
+    cells: bits in a row, on a ring. rows: independent rows. steps: the t that can be asked; the prompt's token says
+    which. ask: "first" for the first bit of every row (the paper's form), "every" for all bits of a single row.
+    rule: Wolfram's number, 0..255. Depth is t, and an example is right when all its bits are.
+    Raises ValueError for settings outside these.
     """
 
-    cells: int = 12  # bits in a row, on a ring; at least 3
-    rows: int = 1  # independent ones
-    steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)  # the t that can be asked; the prompt's token says which
-    ask: str = "every"  # bit of a single row, or the "first" of every row (the paper's form)
-    rule: int = 110  # Wolfram's number, 0..255
+    cells: int = 12
+    rows: int = 1
+    steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    ask: str = "every"
+    rule: int = 110
 
     name = "rule110"
     scoring = "all"
@@ -68,16 +71,24 @@ class CellularAutomaton(Task):
         if depth is not None:
             choice = torch.full_like(choice, self.steps.index(depth))
         t = torch.tensor(self.steps)[choice]
-        after = space_time(rows, self.rule, int(t.max()))[torch.arange(batch), :, t]  # (b, rows, cells)
+        after = state = rows
+        for step in range(1, int(t.max()) + 1):
+            state = next_row(state, self.rule)
+            after = torch.where((t == step)[:, None, None], state, after)
         targets = after[:, 0, :] if self.ask == "every" else after[:, :, 0]
         prompt = (2 + choice)[:, None].repeat(1, self.prompt_length)
         return Episode(rows.long(), prompt, targets.long(), depth=t[:, None].expand_as(prompt))
 
 
+def next_row(bits: Tensor, rule: int) -> Tensor:
+    """Return the next row of an elementary cellular automaton on a ring: bits (..., cells) of uint8 -> the same."""
+    neighbourhood = 4 * bits.roll(1, dims=-1) + 2 * bits + bits.roll(-1, dims=-1)  # left, centre and right: 0..7
+    return torch.tensor(rule, dtype=torch.uint8) >> neighbourhood & 1
+
+
 def space_time(bits: Tensor, rule: int, steps: int) -> Tensor:
-    """Return the row and everything it becomes on a ring: bits (..., cells) -> (..., steps + 1, cells) of uint8."""
-    rows, outcomes = [bits.to(torch.uint8)], torch.tensor(rule, dtype=torch.uint8)
+    """Return the row and everything it becomes: bits (..., cells) -> (..., steps + 1, cells) of uint8."""
+    rows = [bits.to(torch.uint8)]
     for _ in range(steps):
-        neighbourhood = 4 * rows[-1].roll(1, dims=-1) + 2 * rows[-1] + rows[-1].roll(-1, dims=-1)  # 0..7
-        rows.append(outcomes >> neighbourhood & 1)
+        rows.append(next_row(rows[-1], rule))
     return torch.stack(rows, dim=-2)

@@ -20,23 +20,26 @@ NAMES = ENDERS + ENDERS**2  # how many names of one or two tokens there are
 
 @dataclass(frozen=True)
 class GraphRetrieval(Task):
-    """A cycle of nodes as shuffled "from to" pairs, then questions "k a" -> node; depth is k.
+    """A cycle of ``nodes`` nodes as shuffled "from to" pairs over ``windows`` windows, then questions "k a" -> node.
 
-    With name_tokens 2, names are of one or two tokens out of 50, drawn anew for every example: 25 of them end a name
-    (the paper does not say how one tells), alone for half of the nodes, at most 25. A question then is
-    "k a1 a2 ? b1 b2", with padding after a name of one; "?" asks for b1, and b1 for b2; and no two of an example start
-    from the same node while there are others. Raises ValueError for settings outside those below.
+    nodes: n. hops: the largest k asked; k is uniform in 1..hops, and the depth. queries: questions an example. windows:
+    how many the edges are cut into, wherever the cuts fall. shortest: where no depth is given, as in training, lengths
+    are drawn from shortest..nodes with p(n) ~ 1 / (n + sqrt(nodes)), as in Depo, and shorter cycles padded on the left;
+    0 means full length always. tested: the k that ``depths`` tells; () means 1..hops. name_tokens: 1 for nodes that are
+    tokens, 2 for Depo's names of one or two out of 50, drawn anew for every example: 25 of them end a name (the paper
+    does not say how one tells), alone for half of the nodes, at most 25. A question then is "k a1 a2 ? b1 b2", with
+    padding after a name of one; "?" asks for b1, and b1 for b2. No two questions of an example start from the same node
+    while there are others. Raises ValueError for a cycle below 3 nodes or above the number of names, hops outside
+    1..n-1, edges that do not fill the windows evenly, or other settings outside these.
     """
 
-    nodes: int = 12  # n, at least 3, at most the number of names
-    hops: int = 8  # the largest k, below n; k is uniform in 1..hops
-    queries: int = 12  # questions an example
-    windows: int = 1  # the edges are cut into so many of one length, wherever the cuts fall
-    # Where no depth is given, lengths are drawn from shortest..nodes with p(n) ~ 1 / (n + sqrt(nodes)), as in Depo, and
-    # shorter cycles padded on the left; 0 means full length always.
+    nodes: int = 12
+    hops: int = 8
+    queries: int = 12
+    windows: int = 1
     shortest: int = 0
-    tested: tuple[int, ...] = ()  # the k that ``depths`` tells; () means 1..hops
-    name_tokens: int = 1  # 1 for nodes that are tokens, 2 for Depo's names
+    tested: tuple[int, ...] = ()
+    name_tokens: int = 1
 
     name = "graph"
     scoring = "each"
@@ -50,9 +53,8 @@ class GraphRetrieval(Task):
             checks.whole(name, getattr(self, name), least=1)
         checks.whole("shortest", self.shortest, least=0)
         checks.different("tested", self.tested, least=1)
-        tokens = 2 * self.nodes * self.name_tokens
-        if tokens % self.windows:
-            raise ValueError(f"{tokens} tokens of edges do not spread evenly over {self.windows} windows")
+        if self._tokens % self.windows:
+            raise ValueError(f"{self._tokens} tokens of edges do not spread evenly over {self.windows} windows")
         if self.shortest and not 3 <= self.shortest <= self.nodes:
             raise ValueError(f"shortest must be 0 or lie in 3..{self.nodes}, got {self.shortest}")
         if max(self.tested, default=1) > self.hops:
@@ -84,7 +86,7 @@ class GraphRetrieval(Task):
 
     @property
     def window(self) -> int:
-        return 2 * self.nodes * self.name_tokens // self.windows
+        return self._tokens // self.windows
 
     @property
     def floor(self) -> float | None:
@@ -95,14 +97,15 @@ class GraphRetrieval(Task):
     def prompt_length(self) -> int:
         return self.queries * (2 if self.name_tokens == 1 else 6)
 
+    @property
+    def _tokens(self) -> int:
+        """The most tokens the edges can take."""
+        return 2 * self.nodes * self.name_tokens
+
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
         padding, row, place = len(self.words) - 1, torch.arange(batch)[:, None], torch.arange(self.nodes)
-        length = torch.full((batch, 1), self.nodes)
-        if depth is None and self.shortest:
-            choices = torch.arange(self.shortest, self.nodes + 1)
-            weights = 1 / (choices + self.nodes**0.5)
-            length = choices[torch.multinomial(weights, batch, replacement=True, generator=generator)][:, None]
+        length = self._lengths(batch, generator, depth)[:, None]
         cycle = self._draw_cycle(length, generator)
         shuffled = torch.rand(batch, self.nodes, generator=generator)
         order = shuffled.masked_fill(place >= length, -1.0).argsort(dim=1)  # edges by place; what is no edge first
@@ -125,8 +128,15 @@ class GraphRetrieval(Task):
         targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
         scored = slice(1, 2) if self.name_tokens == 1 else slice(3, 5)
         targets[..., scored], depths[..., scored] = answer, k[..., None]
-        windows = pad_left(edges.flatten(1), self.windows * self.window, padding).view(batch, self.windows, self.window)
+        windows = pad_left(edges.flatten(1), self._tokens, padding).view(batch, self.windows, self.window)
         return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
+
+    def _lengths(self, batch: int, generator: torch.Generator, depth: int | None) -> Tensor:
+        if depth is not None or not self.shortest:
+            return torch.full((batch,), self.nodes)
+        choices = torch.arange(self.shortest, self.nodes + 1)
+        weights = 1 / (choices + self.nodes**0.5)
+        return choices[torch.multinomial(weights, batch, replacement=True, generator=generator)]
 
     def _draw_cycle(self, length: Tensor, generator: torch.Generator) -> Tensor:
         """Return the name at every place of the ring, (b, nodes, name_tokens), for rings of ``length`` (b, 1)."""

@@ -1,12 +1,13 @@
 """Math reasoning: read sentences about dials in any order, then say what a dial shows that none of them gives.
 
-A dial turns past its last digit back to 0: all arithmetic is modulo ``digits``. Every digit is then equally likely to
-be the answer, and whoever misses one number of a derivation knows nothing. That is why "0 more than" occurs: without it
-a dial would never show what the dial it depends on shows, which is a hint. After GSM-Infinite (Zhou et al., arXiv
-2502.05252), the paper's reasoning test, without its varied wording.
+A dial shows a digit and turns past its last back to 0, so all arithmetic is modulo ``digits``. Every digit is then
+equally likely to be the answer, and an answer takes every number of its derivation: whoever misses one of them knows
+nothing. That is why "0 more than" occurs: without it a dial would never show what the dial it depends on shows, which
+is a hint. After GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's reasoning test, without its varied wording.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,23 +40,27 @@ Facts = dict[str, tuple[str, str, list[str]]]
 
 @dataclass(frozen=True)
 class MathReasoning(Task):
-    """Sentences about dials, in any order, then questions whose answers take several sentences each.
+    """Sentences about ``quantities`` dials, in any order, then questions whose answers take several sentences each.
 
-    About a third of the dials are given outright ("red shows 4 ."), the others derived ("blue shows 3 more than
-    red ."). Depth is the number of derived dials in a derivation, the asked one included. Raises ValueError for
-    settings outside those below.
+    quantities: dials, one sentence each; about a third are given outright ("red shows 4 ."), the others derived
+    ("blue shows 3 more than red ."). operations: the most derived dials in a derivation, the asked one included; that
+    number is the depth. ask: "every" for all dials, after the sleep, where problems go 1 to ``operations`` deep; "one"
+    for a single dial of depth 1 or more, named before the first sentence (the paper's form), where problems have dials
+    of every depth. windows: how many the text is cut into, padded on the left. sums: whether some dials show two others
+    added. name_words: words in a dial's name, 1 or 2. digits: how many a dial has, 2 to 10. less: whether dials show
+    less than others, too, or only more.
+    Raises ValueError for fewer than 2 quantities (3 with sums, which need two given dials) or more than there are
+    names, operations outside 1..quantities - 1 (- 2 with sums), or other settings outside these.
     """
 
-    quantities: int = 8  # dials, one sentence each: at least 2, with sums 3, at most as many as there are names
-    operations: int = 4  # the most that a question takes, below quantities, with sums by 2
-    # "every" dial, after the sleep, where problems go 1 to ``operations`` deep; or "one" of depth 1 or more, named
-    # before the first sentence (the paper's form), where problems have dials of every depth.
+    quantities: int = 8
+    operations: int = 4
     ask: str = "every"
-    windows: int = 1  # the text is cut into so many, padded on the left
-    sums: bool = False  # whether some dials show two others added
-    name_words: int = 1  # words in a dial's name, 1 or 2
-    digits: int = 10  # how many a dial has, 2 to 10
-    less: bool = True  # whether dials show less than others, too, or only more
+    windows: int = 1
+    sums: bool = False
+    name_words: int = 1
+    digits: int = 10
+    less: bool = True
 
     name = "math"
     scoring = "each"
@@ -126,10 +131,8 @@ class MathReasoning(Task):
             depths = torch.randint(depth or 1, (depth or self.operations) + 1, (batch, 1), generator=generator)
             asked = graph.any_of(depths)
             targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self.words.index("="))
-            what, does, show, mark = (
-                torch.full((batch, 1), self.words.index(word)) for word in ("what", "does", "show", "?")
-            )
-            sentences = torch.cat((what, does, names[row, asked].flatten(1), show, mark, sentences), dim=1)
+            before, after = (torch.tensor(self.encode(words)).expand(batch, -1) for words in ("what does", "show ?"))
+            sentences = torch.cat((before, names[row, asked].flatten(1), after, sentences), dim=1)
         text = pad_left(sentences, self.windows * self.window, self.words.index("_"))
         windows = text.view(batch, self.windows, self.window)
         return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
@@ -143,19 +146,29 @@ class MathReasoning(Task):
 
     def _sentences(self, graph: "_Graph", names: Tensor) -> Tensor:
         """Return the sentence of every dial, (b, q, width): one template for all forms, padding where it has gaps."""
-        form, row, padding = graph.form, torch.arange(len(names))[:, None], len(self.words) - 1
-        ids = {word: torch.tensor(token) for token, word in enumerate(self.words)}
+        row = torch.arange(len(names))[:, None]
 
-        def only(where: Tensor, part: Tensor | str) -> Tensor:
-            tokens = ids.get(part, ids["_"]) if isinstance(part, str) else part  # no word "plus" without sums
-            return torch.where(where[..., None], tokens, padding)
+        def only(where: Tensor, tokens: Tensor | str) -> Tensor:
+            tokens = torch.tensor(self.words.index(tokens)) if isinstance(tokens, str) else tokens
+            return torch.where(where[..., None], tokens, self.words.index("_"))
 
+        form = graph.form
         always, step, plus = form >= 0, (form == MORE) | (form == LESS), form == PLUS
-        template = [names, only(always, "shows"), only(~plus, graph.number[..., None])]
-        template += [only(form == MORE, "more"), only(form == LESS, "less"), only(step, "than")]
-        template += [only(form != GIVEN, names[row, graph.first])]
-        template += [only(plus, "plus"), only(plus, names[row, graph.second]), only(always, ".")]
-        return torch.cat(template, dim=-1)
+        template = [names, only(always, "shows"), only(~plus, graph.number[..., None]), only(form == MORE, "more")]
+        if self.less:
+            template.append(only(form == LESS, "less"))
+        template += [only(step, "than"), only(form != GIVEN, names[row, graph.first])]
+        if self.sums:
+            template += [only(plus, "plus"), only(plus, names[row, graph.second])]
+        return torch.cat((*template, only(always, ".")), dim=-1)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text: lower-cased words and punctuation. Raises ValueError for a word not in words."""
+        ids = {word: token for token, word in enumerate(self.words)}
+        try:
+            return [ids[word] for word in re.findall(r"\w+|[^\w\s]", text.lower())]
+        except KeyError as word:
+            raise ValueError(f"the {self.name} task has no word {word}: it knows {' '.join(self.words)}") from None
 
     def problem(self, episode: Episode, index: int = 0) -> str:
         """Return one example in English, for any language model or person: the rule, the question, the sentences."""
@@ -166,8 +179,14 @@ class MathReasoning(Task):
         return "\n".join([RULE.format(last=self.digits - 1), "", question, *(f"{s.capitalize()}." for s in sentences)])
 
     def derivation(self, episode: Episode, index: int, name: str) -> list[str]:
-        """Return how a dial's digit is worked out, a line for every dial that it takes, its own last."""
-        return [line for _, line in derive(self.facts(episode, index), name, self.digits).values()]
+        """Return how a dial's digit is worked out, a line for every dial that it takes, its own last.
+
+        Raises ValueError for a name that is not in the problem.
+        """
+        facts, name = self.facts(episode, index), name.lower()
+        if name not in facts:
+            raise ValueError(f"the problem has no dial {name!r}: it has {', '.join(facts)}")
+        return [line for _, line in derive(facts, name, self.digits).values()]
 
     def facts(self, episode: Episode, index: int = 0) -> Facts:
         """Return what the text says of every dial, in its order."""
@@ -225,14 +244,15 @@ class _Graph:
 
         self.number = torch.randint(task.digits, shape, generator=generator)
         self.form = torch.randint(MORE, LESS + task.less, shape, generator=generator).where(self.operations > 0, GIVEN)
-        self.first = self.second = self.any_of((self.operations - 1).clamp(min=0))
+        self.first = self.any_of((self.operations - 1).clamp(min=0))
         if task.sums:
-            self._add_sums(task.given)
+            self._add_sums(task)
         self.digit = self.number.clone()
         for level in range(1, task.operations + 1):
             source = self.digit.gather(1, self.first)
             digit = source + torch.where(self.form == LESS, -self.number, self.number)
-            digit = torch.where(self.form == PLUS, source + self.digit.gather(1, self.second), digit)
+            if task.sums:
+                digit = torch.where(self.form == PLUS, source + self.digit.gather(1, self.second), digit)
             self.digit = torch.where(self.operations == level, digit % task.digits, self.digit)
 
     def any_of(self, operations: Tensor) -> Tensor:
@@ -240,23 +260,48 @@ class _Graph:
         start, stop = self.start.gather(1, operations), self.stop.gather(1, operations)
         return start + (torch.rand(operations.shape, generator=self.generator) * (stop - start)).long()
 
-    def _add_sums(self, given_dials: int) -> None:
+    def _add_sums(self, task: MathReasoning) -> None:
         batch, quantities = self.operations.shape
-        row, given = torch.arange(batch)[:, None], torch.arange(given_dials)
+        row = torch.arange(batch)[:, None]
         split = (torch.rand(batch, quantities, generator=self.generator) * self.operations).long()
-        one, self.second = self.any_of(split), self.any_of((self.operations - 1 - split).clamp(min=0))
-        wanted = torch.rand(batch, quantities, generator=self.generator) < 0.5
+        one, other = self.any_of(split), self.any_of((self.operations - 1 - split).clamp(min=0))
+        self.second, wanted = other, torch.rand(batch, quantities, generator=self.generator) < 0.5
         # The given dials behind each dial, a bit for each: as bools they would take most of the time.
-        behind = torch.zeros(batch, quantities, -(-given_dials // BITS), dtype=torch.long)
+        given = torch.arange(task.given)
+        behind = torch.zeros(batch, quantities, -(-task.given // BITS), dtype=torch.long)
         behind[:, given, given // BITS] = 1 << given % BITS
-        for level in range(1, int(self.operations.max()) + 1):
-            here, other = self.operations == level, behind[row, self.second]
-            plus = here & wanted & ((behind[row, one] & other) == 0).all(dim=-1)
+        for level in range(1, task.operations + 1):
+            here, apart = self.operations == level, ((behind[row, one] & behind[row, other]) == 0).all(dim=-1)
+            plus = here & wanted & apart
             self.form[plus] = PLUS
             self.first = torch.where(plus, one, self.first)
-            sources = behind[row, self.first] | other.where(plus[..., None], 0)
+            sources = behind[row, self.first] | behind[row, other].where(plus[..., None], 0)
             behind = torch.where(here[..., None], sources, behind)
 
 
 def _shuffled(batch: int, length: int, generator: torch.Generator) -> Tensor:
     return torch.rand(batch, length, generator=generator).argsort(dim=1)
+
+
+def _best_constant(task: MathReasoning, episode: Episode) -> Tensor:
+    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=task.digits)
+    return counts.argmax().expand_as(episode.targets)
+
+
+def _most_frequent_number(task: MathReasoning, episode: Episode) -> Tensor:
+    text = episode.windows.flatten(1)
+    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(task.digits)], dim=1)
+    return counts.argmax(dim=1, keepdim=True).expand_as(episode.targets)
+
+
+def _last_number(task: MathReasoning, episode: Episode) -> Tensor:
+    text = episode.windows.flatten(1)
+    place = torch.where(text < task.digits, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
+    return text.gather(1, place).expand_as(episode.targets)
+
+
+GUESSERS: dict[str, Callable[[MathReasoning, Episode], Tensor]] = {  # what each answers to every question, (b, p)
+    "the best constant answer": _best_constant,
+    "the most frequent number in the text": _most_frequent_number,
+    "the last number in the text": _last_number,
+}
