@@ -5,6 +5,7 @@ examples, exit code 1; an interrupted training run resumes with the same command
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -42,6 +43,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # what goes into a file need not suit the console
     try:
         checks.whole("threads", options.threads, least=1, most=1024)
         torch.set_num_threads(options.threads)

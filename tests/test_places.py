@@ -83,3 +83,14 @@ def test_nothing_asks_the_network(tmp_path):
     )
     done = python(script)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_goes_into_a_file_is_utf_8_whatever_the_console_is(encoding, tmp_path):
+    page = tmp_path / "results.md"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(run_store.PACKAGE.parent)}
+    with open(page, "wb") as file:
+        command = [sys.executable, "-m", "sleepedu", "results", "--markdown"]
+        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "\N{EN DASH}" in page.read_text(encoding="utf-8")

@@ -74,14 +74,14 @@ def test_no_content_is_in_two_parts_and_none_is_tested_twice():
 
 def test_the_states_of_a_graph_are_walks_and_those_of_an_automaton_its_rows():
     episode = GRAPH.sample(20, torch.Generator().manual_seed(0), depth=3)
-    steps, labels, _ = probes.hidden_states(GRAPH, episode)
+    steps, labels = probes.hidden_states(GRAPH, episode)
     assert steps == (1, 2, 3) and labels.shape == (20, 3, 5)
     asked = labels[:, 2].gather(1, episode.prompt[:, 1::2])
     assert torch.equal(asked, episode.targets[:, 1::2])
 
     task = CellularAutomaton(cells=6, steps=(2, 4))
     episode = task.sample(20, torch.Generator().manual_seed(0), depth=4)
-    steps, labels, _ = probes.hidden_states(task, episode)
+    steps, labels = probes.hidden_states(task, episode)
     assert steps == (0, 1, 2, 3, 4)
     assert torch.equal(labels[:, 0], episode.windows[:, 0]) and torch.equal(labels[:, 4], episode.targets)
 
