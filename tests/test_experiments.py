@@ -106,7 +106,7 @@ def test_settings_change_with_every_setting_of_a_recipe(monkeypatch):
         "model": {"layout": "ga", "width": 16, "heads": 4, "key_size": 3, "value_size": 3, "mlp_ratio": 3.0}
         | {"convolution": 3, "write_range": 1.0, "positions": 12},
         "train": {"steps": 299, "batch": 63, "learning_rate": 0.02, "adam_learning_rate": 0.01, "warmup": 49}
-        | {"decay": 0.2, "weight_decay": 0.0, "clip": 2.0, "autocast": "bfloat16"},
+        | {"decay": 0.2, "weight_decay": 0.0, "clip": 2.0, "precision": "bfloat16"},
     }
     base = RECIPES["graph", "smoke"]
     experiment = Experiment("graph", "smoke")
