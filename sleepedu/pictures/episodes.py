@@ -54,10 +54,11 @@ def _ring(task: GraphRetrieval, episode: Episode, index: int, answers: Tensor | 
 
 @_picture.register
 def _rows(task: CellularAutomaton, episode: Episode, index: int, answers: Tensor | None) -> Figure:
-    """Draw the space-time diagram of the first row, and the bits that are asked for."""
-    diagram = space_time(episode.windows[index, 0], task.rule, int(episode.depth[index, 0])).tolist()
-    asked = range(task.cells if task.ask == "every" else 1)
-    return figures.space_time(diagram, asked, None if answers is None else answers[: len(asked)].tolist())
+    """Draw the space-time diagram of the first row as far as its first question, and the bits that are asked there."""
+    t = episode.depth[index, 0]
+    diagram = space_time(episode.windows[index, 0], task.rule, int(t)).tolist()
+    asked = [0] if task.ask == "first" else (episode.depth[index] == t).nonzero().flatten().tolist()
+    return figures.space_time(diagram, asked, None if answers is None else answers[asked].tolist())
 
 
 @_picture.register
