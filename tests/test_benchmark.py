@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(benchmark, "RULE_SHAPES", ((2, 1, 5, 4),))
+    monkeypatch.setattr(benchmark, "RULE_SHAPES", {"cpu": ((2, 1, 5, 4),)})
     monkeypatch.setattr(benchmark, "WINDOWS", (4, 8))
     monkeypatch.setattr(benchmark, "READ_BEFORE", (100, 300))
     monkeypatch.setattr(benchmark, "PASSES", (1, 2))

@@ -124,9 +124,9 @@ def test_what_there_is_no_code_for_goes_in_chunks(d_k, d_v, dtype, calls):
 def test_one_can_do_without(calls):
     inputs = make_inputs(1, 2, 7, 16, 16, dtype=torch.float32)
     before = fast.cpp_is_available()
-    with fast.without_cpp():
+    with fast.without_compiled_rule():
         assert not fast.cpp_is_available()
-        with fast.without_cpp():
+        with fast.without_compiled_rule():
             pass
         found = gated_delta_fast(*inputs)
     assert fast.cpp_is_available() is before and not calls

@@ -14,7 +14,7 @@ from torch import Tensor
 from sleepedu.fast import cpp, operator
 from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
-_TRITON = importlib.util.find_spec("triton") is not None
+_triton: bool = importlib.util.find_spec("triton") is not None
 _cpp: bool | None = None  # a plain value, which torch.compile can read; None until it is first asked for
 
 
@@ -42,16 +42,17 @@ def cpp_is_available() -> bool:
 
 
 def triton_is_available() -> bool:
-    """Return whether there is a Triton to compile the rule for a GPU."""
-    return _TRITON
+    """Return whether the rule runs in Triton on a GPU."""
+    return _triton
 
 
 @contextlib.contextmanager
-def without_cpp() -> Iterator[None]:
-    """Do without the rule in C++ meanwhile."""
-    global _cpp
-    before, _cpp = _cpp, False
+def without_compiled_rule() -> Iterator[None]:
+    """Do without the rule in C++ and in Triton meanwhile: it runs in chunks."""
+    global _cpp, _triton
+    before = _cpp, _triton
+    _cpp = _triton = False
     try:
         yield
     finally:
-        _cpp = before
+        _cpp, _triton = before

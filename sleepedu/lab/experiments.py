@@ -12,6 +12,7 @@ from sleepedu import files
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast.compiling import can_compile
+from sleepedu.fast.precision import choose_precision
 from sleepedu.lab import run_store
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
@@ -33,7 +34,7 @@ def run(
 
     Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
     watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
-    more on a CPU. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
+    more. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
     another process is training the same run; OSError when it cannot be written.
     """
@@ -60,7 +61,7 @@ def train_and_store(
     """Train, evaluate and store a run in the folder ``path``, whatever the stores have; arguments as in ``run``."""
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)
     if compile is None:
-        compile = device.type == "cpu" and config.steps >= 1000 and can_compile(device)
+        compile = config.steps >= 1000 and can_compile(device)
     with ExitStack() as stack:
         with ranks_together(device, config.batch):
             rank, ranks = rank_and_ranks()
@@ -72,7 +73,9 @@ def train_and_store(
         if rank:
             return None
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
-        made = {"compiled": compile and can_compile(device), "recomputed": recompute, "ranks": ranks}
+        precision = choose_precision(config.precision, device)
+        made = {"compiled": compile and can_compile(device), "recomputed": recompute, "precision": precision}
+        made["ranks"] = ranks
         stored = save_run(path, experiment, model, history, table, made)
         checkpoint.remove()
         return stored

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu.fast import without_cpp
+from sleepedu.fast import without_compiled_rule
 from sleepedu.intervals import Accuracy, differing
 from sleepedu.lab.experiments import train_and_store
 from sleepedu.lab.run_store import Run, find_device, load_run
@@ -57,7 +57,7 @@ def reproduce(
         compile, recompute = made.get("compiled", False), made.get("recomputed", False)
         torch.set_num_threads(made["threads"])
         try:
-            with nullcontext() if made.get("kernel", False) else without_cpp():
+            with nullcontext() if made.get("kernel", False) else without_compiled_rule():
                 again = train_and_store(
                     run.experiment, path, device, watch, examples, compile=compile, recompute=recompute
                 )
