@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 
@@ -11,15 +10,12 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy
 import pytest
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sleepedu.intervals import Accuracy
 from sleepedu.pictures import figures
 from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_png
-from sleepedu.sleep_loop import sleep
-from sleepedu.trace import SleepTrace
 from sleepedu.training import History
 
 
@@ -367,8 +363,6 @@ def test_learning_curves(value, y):
         (lambda: figures.accuracy_by_depth({}, "k"), "there is nothing to draw: tables is empty"),
         (lambda: figures.learning_curves({}), "there is nothing to draw: histories is empty"),
         (lambda: figures.learning_curves({"N=1": []}), "there is nothing to draw: histories is empty"),
-        (lambda: figures.pass_changes({}), "there is nothing to draw: changes is empty"),
-        (lambda: figures.shares({}, (1, 2), "k"), "there is nothing to draw: panels is empty"),
         (lambda: figures.learning_curves({}, value="joy"), "value 'joy' is unknown: use loss or accuracy"),
     ],
 )
@@ -404,34 +398,6 @@ def test_space_time_says_what_was_asked_and_answered(given, label):
     assert len(figure.axes[0].patches) == 6 + len(given or ())
 
 
-def test_fast_weights_and_their_changes_are_those_of_the_trace(make_model):
-    trace = SleepTrace()
-    with torch.no_grad():
-        sleep(make_model("ag"), torch.arange(8).view(1, 8), passes=3, trace=trace)
-    figure = figures.fast_weights(trace.stack()[1:, 0, 0])
-    pictures = [axes.images[0].get_array() for axes in figure.axes]
-    assert len(pictures) == 2 * 3
-    for i, picture in enumerate(pictures):
-        head, n = divmod(i, 3)
-        numpy.testing.assert_array_equal(picture, trace.S[0][n + 1][0][0, head].numpy())
-    assert len({axes.images[0].get_clim() for axes in figure.axes}) == 1, "one colour scale"
-    changes = trace.changes()[:, 0]
-    line = curve(figures.pass_changes({"N=3": changes}), "N=3")
-    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == changes.tolist()
-
-
-def test_shares_are_written_into_their_cells():
-    panels = {"ours": {"pass 1": [1.0, 0.25], "pass 2": [math.nan, 0.5]}, "theirs": {"": [0.1, 0.2]}}
-    figure = figures.shares(panels, (1, 2), "hops k", floor=0.25)
-    ours, theirs = figure.axes[:2]
-    assert [text.get_text() for text in ours.texts] == ["100", "25", "50"], "nothing where there is no share"
-    assert [label.get_text() for label in ours.get_yticklabels()] == ["pass 1", "pass 2"]
-    assert [text.get_color() for text in ours.texts][:2] == ["white", figures.INK], "legible on dark and on light"
-    assert theirs.get_title(loc="left") == "theirs" and theirs.get_xlabel() == "hops k"
-    below = figures.shares(panels, range(8), "steps t").axes
-    assert below[0].get_position().y0 > below[1].get_position().y1, "many columns stand below each other"
-
-
 def test_a_figure_that_fails_is_closed_too():
     with pytest.raises(ValueError, match="no run"):
         figures.accuracy_by_depth({"N=1": []}, "hops k")
@@ -448,9 +414,3 @@ def test_the_style_stays_in_the_figure():
         assert axes.shape == (2, 2)
     assert dict(plt.rcParams) == before
     assert figure.get_size_inches().tolist() == [6.4, 3.8]
-
-
-def test_three_panels_of_shares_leave_the_fourth_place_empty():
-    panels = {title: {"a row": [0.25, 0.5]} for title in "ABC"}
-    figure = figures.shares(panels, (1, 2), "pass")
-    assert [axes.axison for axes in figure.axes] == [True, True, True, False]

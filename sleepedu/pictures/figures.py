@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from sleepedu.intervals import Table, across_seeds
@@ -66,7 +64,8 @@ def accuracy_by_depth(tables: Mapping[str, Sequence[Table]], depth_name: str, wh
 
     tables: label -> one table per seed. The dashed line is the best constant answer. Raises ValueError without a table.
     """
-    _check_some("tables", tables)
+    if not tables:
+        raise ValueError("there is nothing to draw: tables is empty")
     with new_figure(6.4, 3.9) as (figure, axes):
         for position, (label, seeds) in enumerate(tables.items()):
             mean = across_seeds(list(seeds))
@@ -90,7 +89,8 @@ def learning_curves(histories: Mapping[str, Sequence[Any]], value: str = "loss")
     """
     if value not in ("loss", "accuracy"):
         raise ValueError(f"value {value!r} is unknown: use loss or accuracy")
-    _check_some("histories", any(histories.values()))
+    if not any(histories.values()):
+        raise ValueError("there is nothing to draw: histories is empty")
     with new_figure(6.4, 3.6) as (figure, axes):
         for position, (label, runs) in enumerate(histories.items()):
             style: Any = {"color": colour(label, position), "lw": 1.5, "alpha": 0.9}
@@ -214,78 +214,6 @@ def dependencies(
         axes.set(xlabel="operations", xticks=range(max(columns) + 1), yticks=[])
         _without_frame(axes)
     return figure
-
-
-def fast_weights(S: Any) -> Figure:
-    """Draw S after every pass, a row per head, on one colour scale: blue negative, red positive, white zero.
-
-    S: (passes, heads, d_v, d_k), of one example and layer, as ``trace.stack()[1:, 0, 0]`` has it.
-    """
-    S = np.asarray(S)
-    passes, heads = S.shape[:2]
-    reach = np.quantile(np.abs(S), 0.995)
-    with new_figure(1.25 * passes + 0.6, 1.25 * heads + 0.4, heads, passes, squeeze=False) as (figure, grid):
-        for (head, n), axes in np.ndenumerate(grid):
-            axes.imshow(S[n, head], cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.set_title("" if head else f"pass {n + 1}", fontsize=10)
-            axes.set_ylabel("" if n else f"head {head + 1}", fontsize=10)
-            axes.grid(False)
-    return figure
-
-
-def pass_changes(changes: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw how much every pass changes S, ``|S_n - S_(n-1)| / |S_n|``, a curve per label.
-
-    changes: label -> a number per pass, as ``trace.changes()[:, 0]`` has it. Raises ValueError without any.
-    """
-    _check_some("changes", changes)
-    with new_figure(6.4, 3.4) as (figure, axes):
-        for position, (label, change) in enumerate(changes.items()):
-            axes.plot(range(1, len(change) + 1), change, marker="o", color=colour(label, position), label=label)
-        axes.set(xlabel="pass n", ylabel="change of S in this pass", xticks=range(1, len(change) + 1))
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=10)
-    return figure
-
-
-def shares(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[object], x_name: str, floor: float = 0.0
-) -> Figure:
-    """Draw shares as grids of numbers in percent, two panels side by side or, with many columns, one below the other.
-
-    panels: title -> row -> a share for each column, nan where there is none. White is ``floor`` and below, dark blue 1.
-    Raises ValueError without a panel.
-    """
-    _check_some("panels", panels)
-    across = 1 if len(columns) > 5 else min(2, len(panels))
-    sizes = [len(rows) for rows in panels.values()]
-    tallest = [max(sizes[i : i + across]) for i in range(0, len(sizes), across)]
-    height = sum(0.34 * rows + 0.42 for rows in tallest) + 0.45
-    blues = LinearSegmentedColormap.from_list("blues", ["white", "#A9C2E8", PASS_COLOURS[4]])
-    ratios = {"squeeze": False, "height_ratios": tallest}
-    with new_figure(4.8, height, len(tallest), across, **ratios) as (figure, grid):
-        for axes in grid.flat[len(panels) :]:
-            axes.axis("off")
-        for position, (axes, (title, rows)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-            values = np.array([list(row) for row in rows.values()])
-            axes.pcolormesh(values, cmap=blues, vmin=floor, vmax=1.0, edgecolors="white", lw=2)
-            for (y, x), share in np.ndenumerate(values):
-                if math.isfinite(share):
-                    ink = "white" if (share - floor) / (1 - floor) > 0.75 else INK
-                    axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", **CENTRED, color=ink)
-            axes.set(xlim=(0, len(columns)), ylim=(tallest[position // across], 0), title=title)
-            axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(column) for column in columns])
-            axes.set_yticks([y + 0.5 for y in range(len(rows))], list(rows))
-            if position + across >= len(panels):
-                axes.set_xlabel(x_name)
-            _without_frame(axes)
-    return figure
-
-
-def _check_some(name: str, given: object) -> None:
-    if not given:
-        raise ValueError(f"there is nothing to draw: {name} is empty")
 
 
 def _without_frame(axes: Any) -> None:
