@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from test_tasks import draw_from, words_of
 
 from sleepedu.pictures import draw_episode, figures
-from sleepedu.tasks import UNSCORED, Episode, MathReasoning
-from sleepedu.tasks.math_reasoning import COLOURS, GUESSERS, PLACES, RULE
+from sleepedu.tasks import UNSCORED, MathReasoning
+from sleepedu.tasks.math_reasoning import COLOURS, PLACES
 
 PAPER = {"quantities": 300, "operations": 8, "ask": "one", "windows": 4, "sums": True, "name_words": 2}
 FORMS = [
@@ -90,7 +90,7 @@ def questions(task, episode, index) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("settings", FORMS + EDGES, ids=str)
-def test_answers_and_derivations_agree_with_a_reader_of_the_english(settings):
+def test_answers_agree_with_a_reader_of_the_english(settings):
     task = MathReasoning(**settings)
     count = 1250 if settings in FORMS else 100  # 10,000 problems over the eight forms
     depths = [None, *task.depths]
@@ -106,10 +106,6 @@ def test_answers_and_derivations_agree_with_a_reader_of_the_english(settings):
                 assert len(used) == len(set(used)), "a dial is used twice in one derivation"
                 derived = [other for other in used if facts[other][0] != "given"]
                 assert len(derived) == operations and depth in (None, operations)
-                lines = task.derivation(episode, i, name)
-                assert len(lines) == len(used) and lines[-1].startswith(f"{name} shows ")
-                assert [line.split(" shows ")[0] for line in lines].index(name) == len(lines) - 1
-                assert [int(line[-1]) for line in lines] == [digits[line.split(" shows ")[0]] for line in lines]
 
 
 def test_the_papers_form_is_long_and_asks_one_question_first():
@@ -202,6 +198,23 @@ def test_sums_are_used_and_only_where_they_are_on():
 # What guessing can do
 
 
+def best_constant(task, episode):
+    answers = episode.targets[episode.depth > 0]
+    return answers.mode().values
+
+
+def most_frequent_number(task, episode):
+    text = episode.windows.flatten(1)
+    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(task.digits)], dim=1)
+    return counts.argmax(dim=1, keepdim=True)
+
+
+def last_number(task, episode):
+    text = episode.windows.flatten(1)
+    place = torch.where(text < task.digits, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
+    return text.gather(1, place)
+
+
 def share_right(guess, episode) -> tuple[float, float]:
     """Return the share of right guesses for dials that are not given, and its standard error over problems."""
     asked = episode.depth > 0
@@ -212,26 +225,16 @@ def share_right(guess, episode) -> tuple[float, float]:
 @pytest.mark.parametrize(
     "settings", [{}, {"ask": "one"}, {"sums": True}, {"ask": "one", "sums": True}, {"digits": 5}], ids=str
 )
-@pytest.mark.parametrize("guesser", GUESSERS)
+@pytest.mark.parametrize("guesser", [best_constant, most_frequent_number, last_number])
 def test_guessers_are_right_one_time_in_all_digits(settings, guesser):
     """The most frequent number depends on all numbers and may stray: a point down, 0.3 up, in 300,000 problems."""
     task = MathReasoning(**settings)
     assert task.floor == 1 / task.digits
-    stray = (0.012, 0.004) if "frequent" in guesser else (0, 0)
+    stray = (0.012, 0.004) if guesser is most_frequent_number else (0, 0)
     for depth in (None, *task.depths):
         episode = draw_from(task, 10_000, 7 + (depth or 0), depth)
-        share, error = share_right(GUESSERS[guesser](task, episode), episode)
+        share, error = share_right(guesser(task, episode), episode)
         assert 1 / task.digits - stray[0] - 4 * error < share < 1 / task.digits + stray[1] + 4 * error, f"depth {depth}"
-
-
-def test_guessers_guess_what_they_say():
-    task = MathReasoning(ask="one")
-    text = "what does red show ? red shows 3 more than blue . blue shows 7 . green shows 3 less than red ."
-    windows = torch.tensor([[task.encode("_ _ " + text)]])
-    episode = Episode(windows, torch.tensor([[0]]), torch.tensor([[4]]), torch.tensor([[1]]))
-    assert [int(guess(task, episode)) for guess in GUESSERS.values()] == [4, 3, 3]
-    last = torch.tensor([[task.encode("red shows 7 . blue shows 0 . green shows 7 .")]])
-    assert int(GUESSERS["the last number in the text"](task, Episode(last, *[torch.tensor([[0]])] * 3))) == 7
 
 
 def surface(text: str, name: str) -> dict[str, object]:
@@ -281,49 +284,14 @@ def test_no_table_of_surface_features_predicts_the_answer(sums):
 
 
 @pytest.mark.parametrize("settings", [*FORMS, PAPER], ids=str)
-def test_encode_turns_english_back_into_the_tokens(settings):
+def test_the_english_has_the_words_of_the_tokens(settings):
     task = MathReasoning(**settings)
     episode = draw_from(task, 3)
-    for tokens in (episode.windows[1].flatten().tolist(), episode.prompt[1].tolist()):
-        assert task.encode(" ".join(task.words[token] for token in tokens)) == tokens
     rule, rest = task.problem(episode, 2).split("\n\n")
-    assert rule == RULE.format(last=9)
+    assert rule == "Each dial shows a digit from 0 to 9; one step up from 9 is 0, and one step down from 0 is 9."
     text = rest if task.ask == "one" else rest.split("\n", maxsplit=1)[1]
-    blank = task.words.index("_")
-    assert task.encode(text) == [token for token in episode.windows[2].flatten().tolist() if token != blank]
-
-
-def test_encode_names_the_word_it_does_not_know():
-    task = MathReasoning()
-    assert task.encode("Red shows 4.") == [10, *task.encode("shows"), 4, *task.encode(".")]
-    for text, word in (
-        ("red shows mauve.", "mauve"),
-        ("red shows 12.", "12"),
-        ("red plus blue", "plus"),
-        ("red!", "!"),
-    ):
-        with pytest.raises(ValueError, match=f"no word '{re.escape(word)}'"):
-            task.encode(text)
-
-
-def test_a_derivation_is_worked_in_full():
-    task = MathReasoning(ask="one", sums=True)
-    text = (
-        "what does green show ? gold shows 2 . red shows 8 . blue shows 5 more than red . "
-        "grey shows 4 less than gold . green shows grey plus blue . black shows 0 less than gold ."
-    )
-    windows = torch.tensor([[task.encode(text)]])
-    episode = Episode(windows, torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[3]]))
-    assert task.derivation(episode, 0, "Green") == [
-        "gold shows 2",
-        "grey shows 2 - 4 = -2, on the dial 8",
-        "red shows 8",
-        "blue shows 8 + 5 = 13, on the dial 3",
-        "green shows 8 + 3 = 11, on the dial 1",
-    ]
-    assert task.derivation(episode, 0, "black")[-1] == "black shows 2 - 0 = 2"
-    with pytest.raises(ValueError, match="no dial 'pink': it has gold, red"):
-        task.derivation(episode, 0, "pink")
+    found = re.findall(r"\w+|[^\w\s]", text.lower())
+    assert found == [word for word in words_of(task, episode.windows[2]) if word != "_"]
 
 
 def written(figure) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sleepedu.pictures import figures
 from sleepedu.tasks import CellularAutomaton, Episode, GraphRetrieval, MathReasoning, Task
 from sleepedu.tasks.cellular_automaton import space_time
-from sleepedu.tasks.math_reasoning import derive
+from sleepedu.tasks.math_reasoning import Facts
 
 
 def draw_episode(task: Task, episode: Episode, index: int = 0, answers: Tensor | None = None, **how: Any) -> Figure:
@@ -65,9 +65,19 @@ def _dials(task: MathReasoning, episode: Episode, index: int, answers: Tensor | 
     """Draw what depends on what, by number of operations; when one dial is asked, only what its answer takes."""
     facts, asked = task.facts(episode, index), task.asked_dials(episode, index)
     shows, arrows = {}, {}
-    for dial in facts if task.ask == "every" else derive(facts, next(iter(asked)), task.digits):
+    for dial in facts if task.ask == "every" else _derive(facts, next(iter(asked)), task.digits):
         number, form, sources = facts[dial]
-        shows[dial] = str(derive(facts, dial, task.digits)[dial][0])
+        shows[dial] = str(_derive(facts, dial, task.digits)[dial])
         arrows[dial] = dict.fromkeys(sources, {"more": f"+{number}", "less": f"−{number}"}.get(form, "+"))
     given = None if answers is None else {dial: task.words[int(answers[i])] for dial, i in asked.items()}
     return figures.dependencies(shows, arrows, list(asked), given)
+
+
+def _derive(facts: Facts, dial: str, digits: int) -> dict[str, int]:
+    """Return what a dial shows, and before it every dial that this takes."""
+    number, form, sources = facts[dial]
+    shown: dict[str, int] = {}
+    for source in sources:
+        shown |= _derive(facts, source, digits)
+    terms = [shown[source] for source in sources] + [int(digit) for digit in number]
+    return shown | {dial: (terms[0] - terms[1] if form == "less" else sum(terms)) % digits}
