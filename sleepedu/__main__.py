@@ -87,16 +87,15 @@ def evaluate(options: argparse.Namespace) -> int:
     comparisons = sum(len(run.table) for run in runs)
     measured, apart = [], 0
     for run in runs:
-        task, model, passes = run.make_task(), run.load_model(options.device), run.experiment.passes
-        table = accuracy_by_depth(model, task, passes, options.examples, options.seed)
+        model, passes = run.load_model(options.device), run.experiment.passes
+        table = accuracy_by_depth(model, run.make_task(), passes, options.examples, options.seed)
         differs = differing(table, run.table, comparisons)
         apart += len(differs)
-        again = {"seed_of_examples": options.seed, "depths": run_store.plain_table(table), "differs": differs}
-        measured.append({**run.row(), "stored": run_store.plain_table(run.table), **again})
-        if not options.json:
-            beside = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}
-            shown = [{task.depth_name: depth, **asdict(a), **beside[depth]} for depth, a in table.items()]
-            print(run.name, *tables.aligned(shown), sep="\n", flush=True)
+        if options.json:
+            again = {"seed_of_examples": options.seed, "depths": run_store.plain_table(table), "differs": differs}
+            measured.append({**run.row(), "stored": run_store.plain_table(run.table), **again})
+        else:
+            print(run.name, *tables.beside_stored(table, run, differs), sep="\n", flush=True)
     if options.json:
         print(json.dumps(measured, indent=1))
     else:
@@ -132,9 +131,9 @@ def results(options: argparse.Namespace) -> None:
 
 def reproduce(options: argparse.Namespace) -> int:
     watch = None if options.quiet else ProgressBar()
-    done = reproduction.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
-    print("\n".join(done.lines))
-    return 0 if done.reproduced else 1
+    lines, reproduced = reproduction.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
+    print("\n".join(lines))
+    return 0 if reproduced else 1
 
 
 def bench(options: argparse.Namespace) -> None:

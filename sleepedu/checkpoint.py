@@ -57,21 +57,15 @@ class Checkpoint:
             dist.broadcast_object_list(content)
         if content[0] is None:
             return
-        try:
+        with files.reading(self.path):
             stored = files.unpack(content[0])
-            other = stored["settings"] != self._settings
-            if not other:
-                for name, part in stateful(state).items():
-                    part.load_state_dict(stored[name])
-                vars(state.history).update(stored["history"])
-                vars(state).update({name: stored[name] for name in PLAIN})
-                state.sums = state.sums.to(state.model.head.weight.device)
-        except Exception as error:  # torch raises whatever broken bytes lead it to
-            raise ValueError(
-                f"{self.path} is not a whole checkpoint ({files.first_line(error)}): delete it to start anew"
-            ) from error
-        if other:
-            raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
+            if stored["settings"] != self._settings:
+                raise ValueError("it is of a run with other settings")
+            for name, part in stateful(state).items():
+                part.load_state_dict(stored[name])
+            vars(state.history).update(stored["history"])
+            vars(state).update({name: stored[name] for name in PLAIN})
+            state.sums = state.sums.to(state.model.head.weight.device)
 
     def save_when_due(self, state: TrainingState, config: TrainConfig) -> None:
         """Save after a while, and when a signal is held back, which is then delivered."""

@@ -86,12 +86,12 @@ def test_a_broken_checkpoint_is_one_line(capsys, tmp_path):
     folder = tmp_path / "graph-smoke-sleep-N1-4steps-seed0"
     folder.mkdir()
     (folder / "checkpoint.pt").write_bytes(b"not a checkpoint, whatever it looks like")
-    assert_fails(capsys, [*SMOKE, "--runs", str(tmp_path)], "is not a whole checkpoint")
+    assert_fails(capsys, [*SMOKE, "--runs", str(tmp_path)], "checkpoint.pt cannot be used")
 
 
 def test_a_broken_run_is_one_line(capsys, tmp_path):
     (tmp_path / "run.json").write_text("{")
-    assert_fails(capsys, ["evaluate", str(tmp_path)], "is broken")
+    assert_fails(capsys, ["evaluate", str(tmp_path)], "run.json cannot be used")
 
 
 def test_a_stopped_run_says_that_it_can_go_on(capsys, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_run_with_varied_passes_is_measured_with_the_most_of_them(capsys, tmp_
     assert main([*SMOKE, *settings]) == 0
     run = tmp_path / "graph-smoke-varied-N3-4steps-seed0"
     assert main(["reproduce", str(run), "--quiet"]) == 0
-    assert "weights  identical" in capsys.readouterr().out
+    assert "weights   identical" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--examples", "20", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["passes"] == 3 and row["run"] == run.name

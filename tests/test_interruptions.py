@@ -177,7 +177,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monke
     state = files.unpack(file.read_bytes())
     state["model"]["head.weight"] = state["model"]["head.weight"][:, 1:]
     files.write(file, files.pack(state))
-    with pytest.raises(ValueError, match=f"{file} is not a whole checkpoint .*: delete it to start anew"):
+    with pytest.raises(ValueError, match=f"{file} cannot be used .*: delete it"):
         train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
 
 

@@ -175,7 +175,7 @@ def test_the_committed_probes_are_of_the_committed_weights():
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 9}', '{"version": 1, "settings": {"naps": 3}}'])
 def test_broken_probes_are_refused(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json is broken"):
+    with pytest.raises(ValueError, match=r"run\.json cannot be used"):
         probes.load_probes(tmp_path / "run.json")
     with pytest.raises(FileNotFoundError):
         probes.load_probes(tmp_path / "none.json")

@@ -28,10 +28,12 @@ def run(
     *,
     compile: bool | None = None,
     recompute: bool = False,
+    committed: bool = True,
 ) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
-    Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
+    Looks in the committed store, unless told not to, then in ``directory``, where a new run goes; an interrupted run is
+    resumed.
     watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
     more on a CPU. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
@@ -39,40 +41,28 @@ def run(
     """
     check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
-    for store in (run_store.COMMITTED, Path(directory)):
+    stores = [run_store.COMMITTED, Path(directory)]
+    for store in stores if committed else stores[1:]:
         path = store / experiment.name
         if (path / "run.json").exists() and (found := load_run(path)).settings == experiment.settings:
             if store != run_store.COMMITTED:
                 Checkpoint(path).remove()  # there is one when the run was killed as it finished
             return found
-    return train_and_store(experiment, path, where, watch, examples, compile=compile, recompute=recompute)
-
-
-def train_and_store(
-    experiment: Experiment,
-    path: Path,
-    device: torch.device,
-    watch: Callable[[History, TrainConfig], None] | None,
-    examples: int,
-    compile: bool | None,
-    recompute: bool,
-) -> Run | None:
-    """Train, evaluate and store a run in the folder ``path``, whatever the stores have; arguments as in ``run``."""
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)
     if compile is None:
-        compile = device.type == "cpu" and config.steps >= 1000 and can_compile(device)
+        compile = where.type == "cpu" and config.steps >= 1000 and can_compile(where)
     with ExitStack() as stack:
-        with ranks_together(device, config.batch):
+        with ranks_together(where, config.batch):
             rank, ranks = rank_and_ranks()
             if rank == 0:
                 stack.enter_context(files.sole_use(path))  # until the run is stored
             torch.manual_seed(experiment.seed)
-            model = SleepLM(experiment.model_config).to(device)
+            model = SleepLM(experiment.model_config).to(where)
             history = train(model, task, config, watch, checkpoint, compile=compile, recompute=recompute)
         if rank:
             return None
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
-        made = {"compiled": compile and can_compile(device), "recomputed": recompute, "ranks": ranks}
+        made = {"compiled": compile and can_compile(where), "recomputed": recompute, "ranks": ranks}
         stored = save_run(path, experiment, model, history, table, made)
         checkpoint.remove()
         return stored

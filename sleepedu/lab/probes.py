@@ -128,14 +128,11 @@ def probe_run(run: Run, settings: Settings | None = None, directory: Path | str 
 def load_probes(path: Path | str) -> Probes:
     """Return stored probes. Raises FileNotFoundError where there are none, ValueError where they are broken."""
     content = Path(path).read_bytes()
-    try:
+    with files.reading(Path(path)):
         stored = json.loads(content)
         if stored.pop("version") != VERSION:
             raise ValueError(f"this library reads version {VERSION}")
         return Probes(**stored | {"settings": Settings(**stored["settings"]), "steps": tuple(stored["steps"])})
-    except Exception as error:  # broken bytes lead anywhere
-        told = f"{type(error).__name__}: {files.first_line(error)}"
-        raise ValueError(f"{path} is broken ({told}): delete it and make it again") from error
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from sleepedu.intervals import across_seeds
+from sleepedu.intervals import Table, across_seeds
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
 
@@ -47,6 +48,13 @@ def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
     words = [[str(name) for name in rows[0]], *([shown(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*words, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in words]
+
+
+def beside_stored(table: Table, run: Run, differs: Sequence[int]) -> list[str]:
+    """Return the accuracies of a run measured anew as the lines of a table, marked at the depths where they differ."""
+    depth_name = run.make_task().depth_name
+    stored = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}
+    return aligned([{depth_name: depth, **asdict(a), **stored[depth]} for depth, a in table.items()])
 
 
 def lines(runs: list[Run]) -> list[str]:

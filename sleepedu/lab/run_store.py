@@ -93,34 +93,24 @@ def load_run(run: Path | str) -> Run:
         more = "; interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
         raise FileNotFoundError(f"{path} holds no finished run (no run.json{more})")
     content = file.read_bytes()
-    try:
+    with files.reading(file):
         stored = json.loads(content)
-        stated, version = stored.pop("checksum", None), stored["version"]
-        whole = json_checksum(stored) == stated
-        if whole and version == VERSION:
-            found = Run(
-                path=path,
-                experiment=Experiment(**stored["experiment"]),
-                settings=stored["settings"],
-                history=History(**stored["history"]),
-                table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
-                provenance=stored["provenance"],
-                weights=stored.get("weights", ""),
-            )
-            found.make_task()
-            ModelConfig(**found.settings["model"])
-            return found
-    except Exception as error:  # broken bytes lead anywhere
-        raise broken(file, error) from error
-    if version != VERSION:
-        raise ValueError(f"{file} is of version {version}, this library reads version {VERSION}")
-    raise ValueError(f"{file} was changed: it does not have the checksum it states")
-
-
-def broken(file: Path, error: Exception) -> ValueError:
-    """Return the one line that says what the bytes of a file have led to."""
-    told = f"{type(error).__name__}: {files.first_line(error)}"
-    return ValueError(f"{file} is broken ({told}): delete it and make it again")
+        if stored["version"] != VERSION:
+            raise ValueError(f"it is of version {stored['version']}, this library reads version {VERSION}")
+        if stored.pop("checksum", None) != json_checksum(stored):
+            raise ValueError("it was changed: it does not have the checksum it states")
+        found = Run(
+            path=path,
+            experiment=Experiment(**stored["experiment"]),
+            settings=stored["settings"],
+            history=History(**stored["history"]),
+            table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+            provenance=stored["provenance"],
+            weights=stored.get("weights", ""),
+        )
+        found.make_task()
+        ModelConfig(**found.settings["model"])
+        return found
 
 
 def stored_runs(directory: Path | str | None = None) -> list[Run]:
@@ -196,12 +186,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         described = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":", 1)[1].strip() for line in described if line.startswith("model name"))
     with suppress(OSError, subprocess.SubprocessError, ValueError):  # no git, no checkout, or that of another project
-        command = [
-            "git",
-            "rev-parse",
-            "HEAD",
-            "--show-cdup",
-        ]  # the way up to the top of the checkout, if it is not here
+        command = ["git", "rev-parse", "HEAD", "--show-cdup"]  # and the way up to the top of the checkout, if any
         done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True)
         (commit,) = done.stdout.split()
     return {
