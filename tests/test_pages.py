@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_live import read_models
 
 from sleepedu.pictures import live_model as live
 
@@ -246,7 +247,7 @@ def intro(browser):
 
 @pytest.fixture(scope="module")
 def live_models():
-    return live.read_models((ROOT / "book" / "_extra" / "live" / "weights.js").read_text())
+    return read_models((ROOT / "book" / "_extra" / "live" / "weights.js").read_text())
 
 
 def press(page, selector, key, times=1):

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sleepedu import files
-from sleepedu.model import ModelConfig, SleepLM
+from sleepedu.model import SleepLM
 from sleepedu.pictures import figures
 from sleepedu.pictures.explorer import small_png
 from sleepedu.sleep_loop import sleep, wake
@@ -45,7 +45,7 @@ def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
     runs: as in ``script``. Raises ValueError as that does, and OSError; nothing is written for a run that is broken.
     """
     text = script(runs)
-    picture = small_png(still(read_models(text)))
+    picture = small_png(still({run.settings["train"]["passes"]: run.load_model() for run in runs}))
     weights_path, picture_path = Path(directory, "weights.js"), Path(directory, "still.png")
     files.write(weights_path, text.encode())
     files.write(picture_path, picture)
@@ -110,30 +110,6 @@ def pack_weights(tensor: Tensor, characters: int = 1) -> dict[str, Any]:
     return {"columns": numbers.shape[1], "characters": characters, "scales": _base64(scales), "levels": text}
 
 
-def unpack_weights(packed: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return the tensor that ``pack_weights`` made this from, a matrix as it was rounded; a list has its rows."""
-    if not isinstance(packed, Mapping):
-        return torch.cat([unpack_weights(part) for part in packed])
-    if "numbers" in packed:
-        return torch.from_numpy(_from_base64(packed["numbers"]))
-    base, characters = len(DIGITS), packed["characters"]
-    value = np.zeros(128, dtype="i8")
-    value[DIGITS] = np.arange(base)
-    digits = value[np.frombuffer(packed["levels"].encode("ascii"), "u1")].reshape(-1, packed["columns"], characters)
-    levels = np.ravel_multi_index(np.moveaxis(digits, -1, 0), [base] * characters) - base**characters // 2
-    return torch.from_numpy(levels.astype("f4") * _from_base64(packed["scales"])[:, None])
-
-
-def read_models(text: str) -> dict[int, SleepLM]:
-    """Return the rounded model for every N in the text of a weights.js."""
-    data = json.loads(text.removeprefix(_HEAD).rstrip(";\n"))
-    models = {}
-    for passes, stored in data["models"].items():
-        model = models[int(passes)] = SleepLM(ModelConfig(**data["config"])).eval()
-        model.load_state_dict({name: unpack_weights(packed) for name, packed in stored["weights"].items()})
-    return models
-
-
 @torch.no_grad()
 def ask(
     model: SleepLM, passes: int, ring: Sequence[int], told: Sequence[int], start: int, hops: int
@@ -183,7 +159,3 @@ def _draw_answer(axes: Any, probabilities: Tensor, truth: str, title: str) -> No
 
 def _base64(numbers: np.ndarray) -> str:
     return base64.b64encode(numbers.tobytes()).decode("ascii")
-
-
-def _from_base64(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype("f4")
