@@ -1,4 +1,4 @@
-"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench | export-live``.
+"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench``.
 
 Wrong input gives one line on stderr and exit code 2, a run that is not reproduced, or that scores differently on other
 examples, exit code 1; an interrupted training run resumes with the same command.
@@ -21,7 +21,6 @@ from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, reproduction, run_store
 from sleepedu.lab import results as tables
-from sleepedu.pictures import live_model
 from sleepedu.progress import ProgressBar
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -36,7 +35,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
     "--seed": {"type": int, "help": "of the examples; another than the run's own"},
     "--threads": {"type": int, "default": 1, "help": "of the CPU; more are slower on a busy machine"},
-    "--to": {"type": Path, "default": live_model.FOLDER, "help": f"folder to write to, instead of {live_model.FOLDER}"},
 }
 
 
@@ -149,12 +147,6 @@ def bench(options: argparse.Namespace) -> None:
         print(*("\n".join(["", part, *tables.aligned(figures[part])]) for part in options.only), sep="\n")
 
 
-def export_live(options: argparse.Namespace) -> None:
-    runs = [run_store.load_run(options.runs / name) for name in live_model.RUNS]
-    for path in live_model.export(runs, options.to):
-        print(f"{path}: {path.stat().st_size:,} bytes")
-
-
 def _fail(message: str, on_every_rank: bool = False) -> int:
     """Say what is wrong and return the exit code; what every rank of torchrun finds alike the first one says."""
     if on_every_rank or not experiments.torchrun_rank():
@@ -200,7 +192,6 @@ def _parser() -> argparse.ArgumentParser:
     add(results, "all stored runs in one table", "--runs", "--json", "--markdown")
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
     add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
-    add(export_live, "write the models of the book's first page", "--runs", "--to", runs=run_store.COMMITTED)
     return parser
 
 

@@ -56,7 +56,6 @@ def assert_fails(capsys, arguments, message):
         (["results", "--json", "--markdown"], "take one"),
         (["results", "--threads", "2"], "unrecognized arguments: --threads 2"),
         (["bench", "--only", "speed"], "invalid choice: 'speed'"),
-        (["export-live", "--runs", "/no/such/folder"], "there is no run '/no/such/folder/graph-laptop-sleep-N1-seed0'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

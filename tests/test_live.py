@@ -6,14 +6,13 @@ import re
 import shutil
 from pathlib import Path
 
+import live_model as live
 import pytest
 import torch
 
-from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.lab.run_store import COMMITTED, Run, load_run
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.pictures import live_model as live
 
 FOLDER = Path(__file__).resolve().parent.parent / "book" / "_extra" / "live"
 
@@ -24,8 +23,9 @@ def unpack(packed) -> torch.Tensor:
         return torch.cat([unpack(part) for part in packed])
     if "numbers" in packed:
         return torch.frombuffer(bytearray(base64.b64decode(packed["numbers"])), dtype=torch.float32)
-    base, digits = len(live.DIGITS), [live.DIGITS.tolist().index(code) for code in packed["levels"].encode()]
-    digits = torch.tensor(digits).view(-1, packed["columns"], packed["characters"])
+    base, value = len(live.DIGITS), {code: digit for digit, code in enumerate(live.DIGITS.tolist())}
+    digits = torch.tensor([value[code] for code in packed["levels"].encode()])
+    digits = digits.view(-1, packed["columns"], packed["characters"])
     places = base ** torch.arange(packed["characters"]).flip(0)
     levels = (digits * places).sum(dim=-1) - base ** packed["characters"] // 2
     return levels * torch.frombuffer(bytearray(base64.b64decode(packed["scales"])), dtype=torch.float32)[:, None]
@@ -52,7 +52,7 @@ def models():
 
 
 def test_the_committed_weights_are_those_of_the_runs(runs):
-    again = "write them again: python -m sleepedu export-live"
+    again = "write them again: python book/live_model.py"
     assert (FOLDER / "weights.js").read_text() == live.script(runs), again
     assert [run.settings["train"]["passes"] for run in runs] == list(live.PASSES), "each N has a model of its own"
 
@@ -117,8 +117,8 @@ def test_the_first_page_tells_the_runs_numbers(runs):
     assert last[1].accuracy == last[3].accuracy == 1 and "right about both in all of them" in text
 
 
-def test_export_live_writes_weights_and_picture(tmp_path, capsys):
-    assert main(["export-live", "--to", str(tmp_path / "live")]) == 0
+def test_the_script_writes_weights_and_picture(tmp_path, capsys):
+    live.main(["--to", str(tmp_path / "live")])
     assert re.findall(r"([a-z]+\.[a-z]+): [\d,]+ bytes", capsys.readouterr().out) == ["weights.js", "still.png"]
     assert (tmp_path / "live" / "weights.js").read_bytes() == (FOLDER / "weights.js").read_bytes()
     assert (tmp_path / "live" / "still.png").read_bytes().startswith(b"\x89PNG")  # its bytes are matplotlib's version's
@@ -133,7 +133,11 @@ def test_missing_weights_are_one_line_and_nothing_is_written(tmp_path, capsys):
     for name in live.RUNS:
         shutil.copytree(COMMITTED / name, tmp_path / "runs" / name)
     (tmp_path / "runs" / name / "weights.pt").unlink()
-    assert main(["export-live", "--runs", str(tmp_path / "runs"), "--to", str(tmp_path / "live")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        live.main(["--runs", str(tmp_path / "runs"), "--to", str(tmp_path / "live")])
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "weights.pt is missing" in error
     assert not (tmp_path / "live").exists()
+    with pytest.raises(SystemExit, match="2"):
+        live.main(["--runs", "/no/such/folder"])
+    assert "there is no run '/no/such/folder/graph-laptop-sleep-N1-seed0'" in capsys.readouterr().err

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import live_model as live
 import pytest
 import torch
 from test_live import read_models
-
-from sleepedu.pictures import live_model as live
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "_build" / "html" / "book"

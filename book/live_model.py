@@ -1,12 +1,15 @@
 """The trained models of the book's first page: their weights, rounded, as a script that needs no server.
 
-``book/_extra/live/model.js`` is the same model in JavaScript and reads what is written here. A page opened from disk
+``python book/live_model.py`` writes them anew.
+
+``_extra/live/model.js`` is the same model in JavaScript and reads what is written here. A page opened from disk
 may load scripts but no data, so the weights are a script too. A matrix has one scale a row, and a number is a printable
 character, 91 levels. Queries and keys are divided by their length, so an error that is small beside a row's largest
 weight is large beside a query that happens to be short. What a query is made of, the embedding, the projection and the
 taps of the convolution, has two characters a number. The tests hold the rounded models to the stored tables.
 """
 
+import argparse
 import base64
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sleepedu import files
+from sleepedu.lab.run_store import COMMITTED, load_run
 from sleepedu.model import SleepLM
 from sleepedu.pictures import figures
 from sleepedu.pictures.explorer import small_png
@@ -29,13 +33,13 @@ from sleepedu.trace import SleepTrace
 
 PASSES = (1, 2, 3, 4)
 RUNS = tuple(f"graph-laptop-sleep-N{passes}-seed0" for passes in PASSES)  # the names of the runs that the page shows
-FOLDER = Path("book/_extra/live")
+FOLDER = Path(__file__).parent / "_extra" / "live"
 # The 91 digits that a number is written in; a backslash would need escaping.
 DIGITS = np.frombuffer(bytes(range(ord("#"), ord("~"))).replace(b"\\", b"~"), "u1")
 RING, TOLD, START, HOPS = [2, 5, 7, 0, 4, 1, 6, 3], [4, 7, 2, 6, 0, 3, 5, 1], 2, 3  # the example, as in ``ask``
 
 _HEAD = """\
-// The weights of the models in model.js. Written by `python -m sleepedu export-live`: do not edit.
+// The weights of the models in model.js. Written by `python book/live_model.py`: do not edit.
 globalThis.sleepeduLiveWeights = """
 
 
@@ -159,3 +163,20 @@ def _draw_answer(axes: Any, probabilities: Tensor, truth: str, title: str) -> No
 
 def _base64(numbers: np.ndarray) -> str:
     return base64.b64encode(numbers.tobytes()).decode("ascii")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the models of the book's first page.")
+    parser.add_argument("--runs", type=Path, default=COMMITTED, help="folder to take the runs from")
+    parser.add_argument("--to", type=Path, default=FOLDER, help="folder to write to")
+    options = parser.parse_args(arguments)
+    try:
+        written = export([load_run(options.runs / name) for name in RUNS], options.to)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {files.first_line(error)}\n")
+    for path in written:
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
