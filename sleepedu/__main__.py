@@ -28,7 +28,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu or cuda"},
     "--examples": {"type": int, "default": 2000, "help": "to measure on, at every depth"},
     "--json": {"action": "store_true", "help": "for a program to read"},
-    "--markdown": {"action": "store_true", "help": "as on the book's page of results"},
     "--only": {"nargs": "+", "default": list(benchmark.PARTS), "choices": list(benchmark.PARTS), "help": "parts of it"},
     "--quiet": {"action": "store_true", "help": "show no progress"},
     "--recompute": {"action": "store_true", "help": "much less memory for about a third more time"},
@@ -119,12 +118,10 @@ def probe(options: argparse.Namespace) -> None:
 
 def results(options: argparse.Namespace) -> None:
     runs = run_store.stored_runs(options.runs)
-    if options.json and options.markdown:
-        raise ValueError("--json and --markdown are two forms of the table: take one")
     if options.json:
         print(json.dumps([run.row() for run in runs], indent=1))
     else:
-        print(tables.markdown(runs) if options.markdown else "\n".join(tables.lines(runs)))
+        print("\n".join(tables.lines(runs)))
 
 
 def reproduce(options: argparse.Namespace) -> int:
@@ -189,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *here, run="*", seed=7)
     probed = ("--runs", "--json", "--threads")
     add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **own)
-    add(results, "all stored runs in one table", "--runs", "--json", "--markdown")
+    add(results, "all stored runs in one table", "--runs", "--json")
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
     add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
     return parser

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 
@@ -45,6 +44,8 @@ def differing(one: Table, other: Table, comparisons: int) -> list[int]:
 
     That is, where Newcombe's interval for the difference leaves out 0, at 95% for so many comparisons together.
     """
+    from scipy.special import ndtri  # in here, as SciPy takes half a second to load
+
     z = ndtri(1 - 0.05 / (2 * comparisons))
     found = []
     for depth in one:
@@ -64,6 +65,8 @@ def across_seeds(tables: list[Table]) -> Table:
         raise ValueError("there is no run to average")
     if len(tables) == 1:
         return tables[0]
+    from scipy.special import stdtrit
+
     together = {}
     for depth in tables[0]:
         shares = np.array([table[depth].accuracy for table in tables])

@@ -53,7 +53,7 @@ def assert_fails(capsys, arguments, message):
         (["evaluate", "graph-laptop-sleep-N1-seed0", "no-such-run"], "there is no run 'no-such-run'"),
         (["evaluate", "graph-laptop-sleep-N1-seed1", "--seed", "1"], "seed 1 drew the examples of the stored table of"),
         (["results", "--runs", "/no/such/folder"], "/no/such/folder"),
-        (["results", "--json", "--markdown"], "take one"),
+        (["results", "--markdown"], "unrecognized arguments: --markdown"),
         (["results", "--threads", "2"], "unrecognized arguments: --threads 2"),
         (["bench", "--only", "speed"], "invalid choice: 'speed'"),
     ],
