@@ -29,7 +29,7 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "training evaluation session trace",
     "checkpoint progress",
     "pictures/explorer pictures/figures",
-    "pictures/episodes",
+    "pictures/examples",
     "pictures/__init__",
     "lab/recipes",
     "lab/run_store",

@@ -10,12 +10,15 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sleepedu.intervals import Accuracy
-from sleepedu.pictures import figures
+from sleepedu.pictures import draw_episode, figures
+from sleepedu.pictures.examples import ring
 from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_png
+from sleepedu.tasks import CellularAutomaton
 from sleepedu.training import History
 
 
@@ -347,14 +350,13 @@ def test_every_N_has_one_colour_everywhere():
     assert curve(two, "N=2, inject").get_color() != curve(two, "N=4, inject").get_color()
 
 
-@pytest.mark.parametrize("value, y", [("loss", [2.0, 1.0]), ("accuracy", [0.1, 0.6])], ids=str)
-def test_learning_curves(value, y):
+def test_learning_curves():
     history = History([10, 20], [2.0, 1.0], [0.1, 0.6], majority_loss=1.79)
-    figure = figures.learning_curves({"N=2": [history, history]}, value)
+    figure = figures.learning_curves({"N=2": [history, history]})
     line = curve(figure, "N=2")
-    assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == y
+    assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == [2.0, 1.0]
     constants = [line for line in figure.axes[0].lines if line.get_label() == "best constant answer"]
-    assert [list(line.get_ydata()) for line in constants] == ([[1.79, 1.79]] if value == "loss" else [])
+    assert [list(line.get_ydata()) for line in constants] == [[1.79, 1.79]]
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,6 @@ def test_learning_curves(value, y):
         (lambda: figures.accuracy_by_depth({}, "k"), "there is nothing to draw: tables is empty"),
         (lambda: figures.learning_curves({}), "there is nothing to draw: histories is empty"),
         (lambda: figures.learning_curves({"N=1": []}), "there is nothing to draw: histories is empty"),
-        (lambda: figures.learning_curves({}, value="joy"), "value 'joy' is unknown: use loss or accuracy"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, message):
@@ -383,19 +384,24 @@ def test_lines_have_a_colour_each_and_their_axes_names():
     [(None, "2 hops after A: D"), (3, "the model says D (right)"), (1, "the model says B (wrong)")],
 )
 def test_ring_says_what_was_asked_and_answered(answer, title):
-    figure = figures.ring([2, 0, 3, 1, -1], ["A", "B", "C", "D", "E"], [0, 2, 3], answer)
+    figure = ring([2, 0, 3, 1, -1], ["A", "B", "C", "D", "E"], [0, 2, 3], answer)
     assert title in figure.axes[0].get_title(loc="left") + figure.axes[0].get_title()
     names = {text.get_text() for text in figure.axes[0].texts}
     assert {"A", "B", "C", "D"} <= names and "E" not in names
 
 
-@pytest.mark.parametrize(
-    "given, label", [(None, "asked, t = 1"), ([1, 1], "the model: all right"), ([0, 1], "the model: 1 wrong")]
-)
-def test_space_time_says_what_was_asked_and_answered(given, label):
-    figure = figures.space_time([[1, 0, 1], [1, 0, 1]], [0, 2], given)
-    assert label in [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert len(figure.axes[0].patches) == 6 + len(given or ())
+@pytest.mark.parametrize("ask, asked", [("every", 3), ("first", 1)])
+def test_the_automaton_says_what_was_asked_and_answered(ask, asked):
+    task = CellularAutomaton(cells=3, steps=(1,), ask=ask)
+    episode = task.sample(1, torch.Generator().manual_seed(0))
+    right = episode.targets[0]
+    wrong = right.clone()
+    wrong[0] = 1 - right[0]
+    for answers, label in ((None, "asked, t = 1"), (right, "the model: all right"), (wrong, "the model: 1 wrong")):
+        (axes,) = draw_episode(task, episode, 0, answers).axes
+        assert label in [text.get_text() for text in axes.get_yticklabels()]
+        assert len(axes.patches) == 6 + (0 if answers is None else asked)
+        assert [text.get_text() for text in axes.texts] == ["×"] * (answers is wrong)
 
 
 def test_a_figure_that_fails_is_closed_too():

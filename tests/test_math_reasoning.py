@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from test_tasks import draw_from, words_of
 
-from sleepedu.pictures import draw_episode, figures
+from sleepedu.pictures import draw_episode
 from sleepedu.tasks import UNSCORED, MathReasoning
 from sleepedu.tasks.math_reasoning import COLOURS, PLACES
 
@@ -321,13 +321,16 @@ def test_the_picture_shows_every_digit_and_marks_wrong_answers(settings, depth):
     assert f"×{int(wrong[place])}" in written(figure)
 
 
-def test_dependencies_stand_in_their_columns_with_arrows_between():
-    arrows = {"red": {}, "blue": {"red": "+3"}, "green": {"red": "+", "blue": "+"}}
-    figure = figures.dependencies({"red": "1", "blue": "4", "green": "5"}, arrows, ["green"], {"green": "7"})
-    places = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
-    assert [places[name] for name in ("red", "blue", "green")] == [0, 1, 2]
-    assert sum(text.arrow_patch is not None for text in figure.axes[0].texts if hasattr(text, "arrow_patch")) == 3
-    assert {"+3", "×7"} <= set(places) and plt.get_fignums() == []
+def test_dials_stand_in_the_columns_of_their_operations_with_arrows_between():
+    task = MathReasoning(sums=True)
+    episode = draw_from(task, 5)
+    for index in range(5):
+        facts = read(task.problem(episode, index))
+        (axes,) = draw_episode(task, episode, index).axes
+        places = {text.get_text(): text.get_position()[0] for text in axes.texts}
+        assert all(places[name] == operations for name, _, operations in questions(task, episode, index))
+        sources = sum(word in facts for _, rest in facts.values() for word in rest)
+        assert sum(getattr(text, "arrow_patch", None) is not None for text in axes.texts) == sources
 
 
 @pytest.mark.parametrize(
