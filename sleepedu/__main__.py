@@ -19,7 +19,7 @@ import torch
 from sleepedu import checks, files
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
-from sleepedu.lab import benchmark, experiments, probes, reproduction, run_store
+from sleepedu.lab import benchmark, experiments, probes, run_store
 from sleepedu.lab import results as tables
 from sleepedu.progress import ProgressBar
 
@@ -89,8 +89,8 @@ def evaluate(options: argparse.Namespace) -> int:
         differs = differing(table, run.table, comparisons)
         apart += len(differs)
         if options.json:
-            again = {"seed_of_examples": options.seed, "depths": run_store.plain_table(table), "differs": differs}
-            measured.append({**run.row(), "stored": run_store.plain_table(run.table), **again})
+            row, again = run.row(), {"depths": run_store.plain_table(table), "differs": differs}
+            measured.append({**row, "seed_of_examples": options.seed, "stored": row["depths"], **again})
         else:
             print(run.name, *tables.beside_stored(table, run, differs), sep="\n", flush=True)
     if options.json:
@@ -106,7 +106,7 @@ def probe(options: argparse.Namespace) -> None:
     runs = [run_store.load_run(run) for run in options.run]  # all of them are looked for before one is probed
     found = [probes.probe_run(run, settings, options.runs) for run in runs]
     if options.json:
-        print(f"[{','.join(one.json() for one in found)}]")
+        print(json.dumps([asdict(one) for one in found], indent=1))
         return
     for one in found:
         print(f"{one.run}, examples: {', '.join(f'{count:,} to {part}' for part, count in one.examples.items())}")
@@ -126,7 +126,7 @@ def results(options: argparse.Namespace) -> None:
 
 def reproduce(options: argparse.Namespace) -> int:
     watch = None if options.quiet else ProgressBar()
-    lines, reproduced = reproduction.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
+    lines, reproduced = experiments.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
     print("\n".join(lines))
     return 0 if reproduced else 1
 
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(function: Callable, what: str, *names: str, run: Any = 0, settings: Any = None, **defaults: Any) -> None:
         """Add a command with these arguments, how many runs it takes and every field of a class of settings."""
-        command = commands.add_parser(function.__name__.replace("_", "-"), help=what)
+        command = commands.add_parser(function.__name__, help=what)
         if run:
             command.add_argument("run", nargs=run, help="a run's name or folder")
         for name in names:

@@ -99,10 +99,8 @@ def check_settings(task: Task) -> None:
         try:
             json.dumps(value)
         except TypeError:
-            kind = type(value).__name__
-            raise ValueError(
-                f"{name} of the task is a {kind}, which cannot be stored: use numbers, words, tuples"
-            ) from None
+            told = f"{name} of the task is a {type(value).__name__}, which cannot be stored: use numbers, words, tuples"
+            raise ValueError(told) from None
 
 
 @contextmanager

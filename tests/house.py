@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "sleepedu"
 FLOORS = (  # from the ground up; the rooms of one floor know nothing of each other
-    "checks files tasks/padding _version",
+    "checks files _version",
     "intervals",
     "tasks/random_streams",
     "tasks/base",
@@ -33,9 +33,9 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "pictures/__init__",
     "lab/recipes",
     "lab/run_store",
+    "lab/results",
     "lab/experiments",
-    "lab/benchmark lab/probes lab/results",
-    "lab/reproduction",
+    "lab/benchmark lab/probes",
     "lab/__init__",
     "__init__",
     "__main__",

@@ -150,7 +150,6 @@ def test_wrong_experiments_are_named(settings, message):
 def test_a_finished_run_is_whole(tiny_run, tiny_experiment):
     assert sorted(file.name for file in tiny_run.path.iterdir()) == ["run.json", "weights.pt"]
     stored = json.loads((tiny_run.path / "run.json").read_text())
-    assert stored["fingerprint"] == run_store.json_checksum(tiny_experiment.settings)[:16]
     assert stored["version"] == run_store.VERSION
     assert tiny_run.name == tiny_experiment.name == "graph-smoke-sleep-N2-4steps-seed0"
     assert tiny_run.experiment == tiny_experiment

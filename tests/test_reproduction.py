@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sleepedu.__main__ import main
-from sleepedu.lab import experiments, reproduction, run_store
+from sleepedu.lab import experiments, run_store
 
 
 def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
@@ -21,8 +21,8 @@ def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
 
 
 def test_without_a_folder_nothing_is_left(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path))
-    assert reproduction.reproduce(tiny_run)[1]
+    monkeypatch.setattr(experiments.tempfile, "tempdir", str(tmp_path))
+    assert experiments.reproduce(tiny_run)[1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -36,30 +36,30 @@ def changed(run, accuracy=None, **provenance):
 
 def test_one_number_that_differs_on_the_same_machine_is_not_reproduced(tiny_run):
     near = tiny_run.table[1].accuracy + 0.001
-    lines, reproduced = reproduction.compare(changed(tiny_run, near), tiny_run)
+    lines, reproduced = experiments.compare(changed(tiny_run, near), tiny_run)
     assert not reproduced and lines[-1] == "NOT reproduced"
     assert lines[3] == "accuracy  differs by chance"
 
 
 def test_another_machine_may_differ_by_no_more_than_chance(tiny_run):
     near = changed(tiny_run, tiny_run.table[1].accuracy + 0.001, processor="an abacus")
-    lines, reproduced = reproduction.compare(near, tiny_run)
+    lines, reproduced = experiments.compare(near, tiny_run)
     assert reproduced and "processor an abacus, now" in lines[0]
-    lines, reproduced = reproduction.compare(changed(tiny_run, 1.0, processor="an abacus"), tiny_run)
+    lines, reproduced = experiments.compare(changed(tiny_run, 1.0, processor="an abacus"), tiny_run)
     assert not reproduced and lines[3] == "accuracy  differs by MORE than chance explains"
     assert [line.split()[0] for line in lines if line.endswith("1.000   differs")] == ["1"]
 
 
 def test_other_weights_and_another_history_are_told(tiny_run, tmp_path):
     other = experiments.run(replace(tiny_run.experiment, seed=1), "cpu", tmp_path, examples=20)
-    lines, reproduced = reproduction.compare(replace(tiny_run, settings=other.settings), other)
+    lines, reproduced = experiments.compare(replace(tiny_run, settings=other.settings), other)
     assert not reproduced
     assert lines[1].startswith(f"history   differs: last loss {tiny_run.history.loss[-1]} stored")
     assert lines[2].startswith("weights   differ by up to ")
 
 
 def test_a_run_stored_without_weights_is_compared_in_all_else(tiny_run):
-    lines, reproduced = reproduction.compare(replace(tiny_run, weights=""), tiny_run)
+    lines, reproduced = experiments.compare(replace(tiny_run, weights=""), tiny_run)
     assert reproduced and "weights   not stored, so not compared" in lines
 
 
@@ -69,10 +69,10 @@ def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
     settings = json.loads(json.dumps(tiny_run.settings))
     settings["train"]["batch"] = 8
     with pytest.raises(ValueError, match=r"the recipe of .* has changed since"):
-        reproduction.reproduce(replace(tiny_run, settings=settings), tmp_path)
+        experiments.reproduce(replace(tiny_run, settings=settings), tmp_path)
     shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
     with pytest.raises(ValueError, match="is of a run with other settings"):
-        reproduction.compare(replace(tiny_run, settings=settings), tiny_run)
+        experiments.compare(replace(tiny_run, settings=settings), tiny_run)
 
 
 @pytest.mark.parametrize("run", run_store.stored_runs(), ids=lambda run: run.name)
@@ -85,10 +85,10 @@ def test_every_committed_run_can_be_trained_again(run, monkeypatch):
 
     monkeypatch.setattr(experiments, "train", train)
     with pytest.raises(Trained):
-        reproduction.reproduce(run)
+        experiments.reproduce(run)
 
 
 def test_what_was_trained_again_before_is_taken(tiny_run, tmp_path, monkeypatch):
-    assert reproduction.reproduce(tiny_run, tmp_path)[1]
+    assert experiments.reproduce(tiny_run, tmp_path)[1]
     monkeypatch.setattr(experiments, "train", None)
-    assert reproduction.reproduce(tiny_run, tmp_path)[1]
+    assert experiments.reproduce(tiny_run, tmp_path)[1]

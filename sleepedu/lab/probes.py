@@ -45,8 +45,6 @@ RIDGES = tuple(10.0**power for power in range(-6, 3))  # penalties, for features
 EXAMPLES = 1  # the number of the test stream they are drawn from; accuracy_by_depth begins at 10,000
 CHUNK = 500  # examples that are read at once
 
-Shares = dict[str, list[list[float | None]]]  # reader -> pass -> step
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -77,8 +75,8 @@ class Probes:
     settings: Settings
     steps: tuple[int, ...]
     examples: dict[str, int]
-    each: Shares
-    whole: Shares
+    each: dict[str, list[list[float | None]]]
+    whole: dict[str, list[list[float | None]]]
     provenance: dict[str, Any]
 
     def table(self, reader: str, n: int = 1, whole: bool = False) -> Table:
@@ -99,10 +97,6 @@ class Probes:
             if share is not None
         }
 
-    def json(self) -> str:
-        """Return everything as JSON, as it is stored."""
-        return run_store.readable_json({"version": VERSION, **asdict(self)})
-
 
 def probe_run(run: Run, settings: Settings | None = None, directory: Path | str = run_store.OWN) -> Probes:
     """Return the stored probes of a run with these settings, or make and store them now (about half a minute).
@@ -121,7 +115,8 @@ def probe_run(run: Run, settings: Settings | None = None, directory: Path | str 
     started = time.perf_counter()
     made = probe_model(run.load_model(), run.make_task(), settings)
     provenance = {**run_store.machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
-    files.write(path, Probes(run.name, weights, settings, **made, provenance=provenance).json().encode())
+    stored = {"version": VERSION, **asdict(Probes(run.name, weights, settings, **made, provenance=provenance))}
+    files.write(path, run_store.readable_json(stored).encode())
     return load_probes(path)
 
 

@@ -138,7 +138,6 @@ def save_run(
     }
     stored = {
         "version": VERSION,
-        "fingerprint": json_checksum(experiment.settings)[:16],  # for whoever looks for the same settings
         "weights": files.checksum(weights),
         "experiment": asdict(experiment),
         "settings": experiment.settings,
@@ -172,11 +171,10 @@ def find_device(name: str) -> torch.device:
     """Return the device "cpu", "cuda" or "auto" (CUDA where there is one). Raises ValueError when it is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {name!r} is unknown: use auto, cpu or cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
         raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device here: use cpu or auto")
-    return torch.device(name)
+    return torch.device("cuda" if name != "cpu" and there else "cpu")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -42,7 +42,7 @@ def _picture(task: Task, episode: Episode, index: int, answers: Tensor | None) -
 
 @_picture.register
 def _graph(task: GraphRetrieval, episode: Episode, index: int, answers: Tensor | None, query: int = 0) -> Figure:
-    """Draw the ring with the walk of one question."""
+    """Draw the ring with the walk of one question; nodes stand in the order of their names, as a reader meets them."""
 
     def spell(tokens: Tensor) -> str:
         return "".join(task.words[token] for token in tokens.tolist()).removesuffix("_") or "_"
@@ -54,28 +54,16 @@ def _graph(task: GraphRetrieval, episode: Episode, index: int, answers: Tensor |
     walk = [names.index(spell(question(episode.prompt[index])[1 : 1 + task.name_tokens]))]
     for _ in range(int(question(episode.depth[index]).max())):
         walk.append(following[walk[-1]])
-    if answers is None:
-        return ring(following, names, walk)
-    answer = spell(question(answers)[question(episode.asked[index])])
-    names.append(answer)  # a model may also answer what is no name
-    return ring(following, names, walk, names.index(answer))
-
-
-def ring(following: Sequence[int], names: Sequence[str], walk: Sequence[int], answer: int | None = None) -> Figure:
-    """Draw a directed cycle with one walk along its arrows.
-
-    following[i] is the node after node i, -1 for a node that is not in the cycle. Nodes stand in the order of their
-    names, as a reader of shuffled edges meets them. answer: the node a model gave, marked right or wrong.
-    """
     nodes = [node for node, after in enumerate(following) if after >= 0]
     angle = {node: math.pi / 2 - 2 * math.pi * i / len(nodes) for i, node in enumerate(nodes)}
     place = {node: (math.cos(a), math.sin(a)) for node, a in angle.items()}
     walked = set(itertools.pairwise(walk))
     hops, kinds = len(walk) - 1, {walk[0]: ASKED_NODE}
     title = f"{hops} hop{'s' * (hops > 1)} after {names[walk[0]]}: {names[walk[-1]]}"
-    if answer is not None:
-        title += f"   the model says {names[answer]}" + (" (right)" if answer == walk[-1] else " (wrong)")
-        kinds[answer] = WRONG_NODE
+    if answers is not None:
+        answer = spell(question(answers)[question(episode.asked[index])])  # which need not be a name
+        title += f"   the model says {answer}" + (" (right)" if answer == names[walk[-1]] else " (wrong)")
+        kinds |= {node: WRONG_NODE for node in nodes if names[node] == answer}
     kinds[walk[-1]] = RIGHT_NODE
     with new_figure(4.4, 4.4) as (figure, axes):
         for node in nodes:
@@ -92,30 +80,21 @@ def ring(following: Sequence[int], names: Sequence[str], walk: Sequence[int], an
 def _automaton(task: CellularAutomaton, episode: Episode, index: int, answers: Tensor | None) -> Figure:
     """Draw the first row and what it becomes, the bits that are asked for framed, and a model's answers beneath."""
     diagram = space_time(episode.windows[index, 0], task.rule, int(episode.depth[index, 0])).tolist()
-    asked = range(task.cells if task.ask == "every" else 1)
-    last, below = len(diagram) - 1, len(diagram) + 0.5
-    height = last + (1 if answers is None else 3)
-    ticks: list[tuple[float, str]] = [(0, "read, t = 0"), (last, f"asked, t = {last}")]
-    with new_figure(min(6.4, 0.36 * task.cells + 1.4), 0.32 * height + 0.9) as (figure, axes):
-
-        def draw(x: int, y: float, bit: int, frame: str = "") -> None:
-            line: Any = {"edgecolor": FAINT, "lw": 0.6, "zorder": 2}
-            if frame:  # it stands out from its neighbours
-                line = {"edgecolor": frame, "lw": 1.8, "zorder": 3}
-            axes.add_patch(Rectangle((x, y), 1, 1, facecolor="#2B3440" if bit else "white", **line))
-
-        for y, row in enumerate(diagram):
-            for x, bit in enumerate(row):
-                draw(x, y, bit, PASS_COLOURS[4] if y == last and x in asked else "")
+    asked, last = task.cells if task.ask == "every" else 1, len(diagram) - 1
+    labels: dict[float, str] = {0: "read, t = 0", last: f"asked, t = {last}"}
+    look: Any = {"cmap": ListedColormap(["white", "#2B3440"]), "vmin": 0, "vmax": 1, "edgecolors": FAINT, "lw": 0.6}
+    with new_figure(min(6.4, 0.36 * task.cells + 1.4), 0.32 * (last + 3) + 0.9) as (figure, axes):
+        axes.pcolormesh(diagram, **look)
+        axes.add_patch(Rectangle((0, last), asked, 1, fill=False, edgecolor=PASS_COLOURS[4], lw=2.2))
         if answers is not None:
-            wrong = [x for x in asked if answers[x] != diagram[last][x]]
-            for x in asked:
-                draw(x, below, int(answers[x]), WRONG if x in wrong else RIGHT)
+            below, given = last + 1.5, answers[:asked].tolist()
+            axes.pcolormesh(range(asked + 1), (below, below + 1), [given], **look)
+            wrong = [x for x, bit in enumerate(given) if bit != diagram[last][x]]
             for x in wrong:
                 axes.text(x + 0.5, below + 0.5, "×", **CENTRED, color=WRONG, fontsize=13, weight="bold")
-            ticks.append((below, "the model: " + (f"{len(wrong)} wrong" if wrong else "all right")))
-        axes.set(xlim=(-0.1, task.cells + 0.1), ylim=(ticks[-1][0] + 1.1, -0.1), aspect="equal", xticks=[])
-        axes.set_yticks([y + 0.5 for y, _ in ticks], [label for _, label in ticks])
+            labels[below] = "the model: " + (f"{len(wrong)} wrong" if wrong else "all right")
+        axes.set(xlim=(-0.1, task.cells + 0.1), ylim=(max(labels) + 1.1, -0.1), aspect="equal", xticks=[])
+        axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))
         _without_frame(axes)
     return figure
 

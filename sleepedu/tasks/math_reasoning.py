@@ -10,11 +10,11 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sleepedu import checks
 from sleepedu.tasks.base import UNSCORED, Episode, Task
-from sleepedu.tasks.padding import pad_left
 
 COLOURS = (
     *("red", "blue", "green", "gold", "pink", "grey", "black", "white", "brown", "orange", "purple", "violet", "amber"),
@@ -28,7 +28,6 @@ PLACES = (
 PAIRED = 20  # colours that go with the places, for names of two words
 GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
 BITS = 62  # of an int64 that can be set and shifted without touching its sign
-RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, and one step down from 0 is {last}."
 
 _DIAL = r"(\w+(?: \w+)?)"
 SENTENCE = re.compile(rf"{_DIAL} shows(?: (\d))?(?: (more|less) than)?(?: {_DIAL})?(?: plus {_DIAL})? \.")
@@ -134,8 +133,10 @@ class MathReasoning(Task):
                 torch.full_like(asked, self.words.index(word)) for word in ("what", "does", "show", "?")
             )
             sentences = torch.cat((what, does, names[row, asked].flatten(1), show, mark, sentences), dim=1)
-        text = pad_left(sentences, self.windows * self.window, self.words.index("_"))
-        windows = text.view(batch, self.windows, self.window)
+        blank = self.words.index("_")
+        text = F.pad(sentences, (self.windows, 0), value=blank)  # for windows that do not come out even
+        text = text.gather(1, (text != blank).argsort(dim=1, stable=True))  # all padding to the left
+        windows = text[:, -self.windows * self.window :].view(batch, self.windows, self.window)
         return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
 
     def _names(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -162,14 +163,6 @@ class MathReasoning(Task):
         if self.sums:
             template += [only(plus, "plus"), only(plus, names[row, graph.second])]
         return torch.cat((*template, only(always, ".")), dim=-1)
-
-    def problem(self, episode: Episode, index: int = 0) -> str:
-        """Return one example in English, for any language model or person: the rule, the question, the sentences."""
-        asked = list(self.asked_dials(episode, index))
-        several = ", ".join(asked[:-1]) + " and " + asked[-1]
-        question = f"What does {asked[0]} show?" if len(asked) == 1 else f"What do {several} show?"
-        sentences = self._plain(episode, index).split("? ")[-1].removesuffix(" .").split(" . ")
-        return "\n".join([RULE.format(last=self.digits - 1), "", question, *(f"{s.capitalize()}." for s in sentences)])
 
     def facts(self, episode: Episode, index: int = 0) -> Facts:
         """Return what the text says of every dial, in its order."""
