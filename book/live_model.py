@@ -22,7 +22,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.lab.run_store import COMMITTED, load_run
 from sleepedu.model import SleepLM
 from sleepedu.pictures import figures
@@ -51,8 +51,8 @@ def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
     text = script(runs)
     picture = small_png(still({run.settings["train"]["passes"]: run.load_model() for run in runs}))
     weights_path, picture_path = Path(directory, "weights.js"), Path(directory, "still.png")
-    files.write(weights_path, text.encode())
-    files.write(picture_path, picture)
+    storage.write(weights_path, text.encode())
+    storage.write(picture_path, picture)
     return [weights_path, picture_path]
 
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         written = export([load_run(options.runs / name) for name in RUNS], options.to)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {files.first_line(error)}\n")
+        parser.exit(2, f"{parser.prog}: {storage.first_line(error)}\n")
     for path in written:
         print(f"{path}: {path.stat().st_size:,} bytes")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sleepedu import checks, files
+from sleepedu import checks, storage
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, run_store
@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConnectionError:  # another rank has failed, and says why
         return 2
     except (ValueError, FloatingPointError) as error:
-        return _fail(files.first_line(error))
+        return _fail(storage.first_line(error))
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        return _fail(files.first_line(error), on_every_rank=True)
+        return _fail(storage.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from the last checkpoint")
         return 130

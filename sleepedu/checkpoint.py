@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.tasks.base import Task
 from sleepedu.training import TrainConfig, TrainingState, rank_and_ranks
 
@@ -42,7 +42,7 @@ class Checkpoint:
         check_settings(task)
         settings = {"task": asdict(task), "model": asdict(state.model.config), "train": asdict(config)}
         self._settings = json.dumps(settings | {"name": task.name}, sort_keys=True)
-        lock: AbstractContextManager = files.sole_use(self.path.parent) if rank == 0 else nullcontext()
+        lock: AbstractContextManager = storage.sole_use(self.path.parent) if rank == 0 else nullcontext()
         signals: AbstractContextManager[list[int]] = held_signals() if ranks == 1 else nullcontext([])
         with lock, signals as self._signals:
             self._load(state)
@@ -57,8 +57,8 @@ class Checkpoint:
             dist.broadcast_object_list(content)
         if content[0] is None:
             return
-        with files.reading(self.path):
-            stored = files.unpack(content[0])
+        with storage.reading(self.path):
+            stored = storage.unpack(content[0])
             if stored["settings"] != self._settings:
                 raise ValueError("it is of a run with other settings")
             for name, part in stateful(state).items():
@@ -78,7 +78,7 @@ class Checkpoint:
             content |= {name: part.state_dict() for name, part in stateful(state).items()}
             content |= {name: getattr(state, name) for name in PLAIN}
             try:
-                files.write(self.path, files.pack(content))
+                storage.write(self.path, storage.pack(content))
             except OSError as error:
                 warnings.warn(f"{error}; training goes on and tries again", stacklevel=3)
             self._saved = time.perf_counter()

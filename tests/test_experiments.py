@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from campaigns import COUNTS, size
+from soak import COUNTS, size
 
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth

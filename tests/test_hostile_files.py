@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from campaigns import COUNTS, size
+from soak import COUNTS, size
 
-from sleepedu import checkpoint, files
+from sleepedu import checkpoint, storage
 from sleepedu.__main__ import main
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.lab import experiments, run_store
@@ -207,17 +207,17 @@ def test_a_run_of_settings_that_this_library_does_not_know_is_refused(copy_of_ru
 def test_a_full_disk_at_the_end_is_one_line_and_the_checkpoint_stays(tmp_path, capsys, monkeypatch):
     command = f"train graph --size smoke --steps 3 --examples 5 --quiet --runs {tmp_path}".split()
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
-    write = files.write
+    write = storage.write
 
     def full(path, content):
         if path.name == "weights.pt":
             raise OSError(f"{path} could not be written (No space left on device); what stood there stays")
         write(path, content)
 
-    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(storage, "write", full)
     assert main(command) == 2
     assert "weights.pt could not be written (No space left on device)" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert [file.name for file in folder.iterdir()] == [Checkpoint.FILE]
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(storage, "write", write)
     assert main(command) == 0

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.__main__ import main
 from sleepedu.fast_weights import gated_delta
 from sleepedu.lab import probes
@@ -127,9 +127,9 @@ def test_probes_of_a_run_are_stored_found_and_loaded(tiny_run, tmp_path, monkeyp
         assert probes.probe_run(tiny_run, SMALL, tmp_path) == made, "it was made again"
     assert probes.probe_run(tiny_run, replace(SMALL, passes=1), tmp_path).settings.passes == 1, "settings must count"
     copy = shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
-    other = files.pack({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()})
+    other = storage.pack({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()})
     (copy / "weights.pt").write_bytes(other)
-    retrained = replace(tiny_run, path=copy, weights=files.checksum(other))
+    retrained = replace(tiny_run, path=copy, weights=storage.checksum(other))
     assert probes.probe_run(retrained, SMALL, tmp_path) != made, "weights must count"
 
 
@@ -139,7 +139,7 @@ def test_an_unasked_step_survives_the_store_and_is_not_in_a_table(tiny_run, tmp_
     assert list(unknown.table("awake")) == [2, 3]
     text = readable_json({"version": probes.VERSION, **asdict(unknown)})
     assert json.loads(text)["each"]["awake"] == [[None, 0.5, 1.0]]
-    files.write(tmp_path / "unknown.json", text.encode())
+    storage.write(tmp_path / "unknown.json", text.encode())
     assert probes.load_probes(tmp_path / "unknown.json") == unknown
 
 

@@ -6,10 +6,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from campaigns import COUNTS, SOAK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from soak import COUNTS, SOAK
 
 from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast import without_cpp
@@ -62,7 +62,7 @@ def run(
         with ranks_together(where, config.batch):
             rank, ranks = rank_and_ranks()
             if rank == 0:
-                stack.enter_context(files.sole_use(path))  # until the run is stored
+                stack.enter_context(storage.sole_use(path))  # until the run is stored
             torch.manual_seed(experiment.seed)
             model = SleepLM(experiment.model_config).to(where)
             history = train(model, task, config, watch, checkpoint, compile=compile, recompute=recompute)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleepedu import checks, files
+from sleepedu import checks, storage
 from sleepedu.intervals import Accuracy, Table, wilson_interval
 from sleepedu.lab import run_store
 from sleepedu.lab.run_store import Run
@@ -116,14 +116,14 @@ def probe_run(run: Run, settings: Settings | None = None, directory: Path | str 
     made = probe_model(run.load_model(), run.make_task(), settings)
     provenance = {**run_store.machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
     stored = {"version": VERSION, **asdict(Probes(run.name, weights, settings, **made, provenance=provenance))}
-    files.write(path, run_store.readable_json(stored).encode())
+    storage.write(path, run_store.readable_json(stored).encode())
     return load_probes(path)
 
 
 def load_probes(path: Path | str) -> Probes:
     """Return stored probes. Raises FileNotFoundError where there are none, ValueError where they are broken."""
     content = Path(path).read_bytes()
-    with files.reading(Path(path)):
+    with storage.reading(Path(path)):
         stored = json.loads(content)
         if stored.pop("version") != VERSION:
             raise ValueError(f"this library reads version {VERSION}")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available
 from sleepedu.intervals import Accuracy, Table
@@ -60,10 +60,10 @@ class Run:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
         content = file.read_bytes()
-        if files.checksum(content) != self.weights:
+        if storage.checksum(content) != self.weights:
             raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
         model = SleepLM(ModelConfig(**self.settings["model"]))
-        model.load_state_dict(files.unpack(content))
+        model.load_state_dict(storage.unpack(content))
         return model.to(find_device(device)).eval()
 
     def row(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def load_run(run: Path | str) -> Run:
         more = "; interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
         raise FileNotFoundError(f"{path} holds no finished run (no run.json{more})")
     content = file.read_bytes()
-    with files.reading(file):
+    with storage.reading(file):
         stored = json.loads(content)
         if stored["version"] != VERSION:
             raise ValueError(f"it is of version {stored['version']}, this library reads version {VERSION}")
@@ -128,7 +128,7 @@ def save_run(
     path: Path, experiment: Experiment, model: SleepLM, history: History, table: Table, made: dict[str, Any]
 ) -> Run:
     """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says."""
-    weights = files.pack(model.state_dict())
+    weights = storage.pack(model.state_dict())
     provenance = {
         **machine(model.head.weight.device),
         "seconds": history.seconds[-1],
@@ -138,15 +138,15 @@ def save_run(
     }
     stored = {
         "version": VERSION,
-        "weights": files.checksum(weights),
+        "weights": storage.checksum(weights),
         "experiment": asdict(experiment),
         "settings": experiment.settings,
         "table": plain_table(table),
         "provenance": provenance,
         "history": asdict(history),
     }
-    files.write(path / "weights.pt", weights)
-    files.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
+    storage.write(path / "weights.pt", weights)
+    storage.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
     return load_run(path)
 
 
@@ -157,7 +157,7 @@ def plain_table(table: Table) -> dict[str, dict[str, Any]]:
 
 def json_checksum(value: Any) -> str:
     """Return the SHA-256 of what stands in JSON, however it is laid out there."""
-    return files.checksum(json.dumps(value, sort_keys=True).encode())
+    return storage.checksum(json.dumps(value, sort_keys=True).encode())
 
 
 def readable_json(value: Any) -> str:
