@@ -88,6 +88,21 @@ def test_every_committed_run_can_be_trained_again(run, monkeypatch):
         experiments.reproduce(run)
 
 
+def test_a_copy_beside_the_run_is_not_compared_with_it(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
+    copy = run_store.load_run(shutil.copytree(tiny_run.path, tmp_path / "copy"))
+    with pytest.raises(ValueError, match="holds the stored run itself"):
+        experiments.reproduce(copy, tmp_path)
+
+
+def test_another_run_of_its_name_is_not_trained_over(tiny_run, tmp_path, monkeypatch):
+    other = experiments.run(replace(tiny_run.experiment, seed=1), "cpu", tmp_path, examples=20)
+    other.path.rename(tmp_path / tiny_run.name)
+    monkeypatch.setattr(experiments, "train", None)
+    with pytest.raises(ValueError, match="is of a run with other settings"):
+        experiments.reproduce(tiny_run, tmp_path)
+
+
 def test_what_was_trained_again_before_is_taken(tiny_run, tmp_path, monkeypatch):
     assert experiments.reproduce(tiny_run, tmp_path)[1]
     monkeypatch.setattr(experiments, "train", None)

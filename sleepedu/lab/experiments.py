@@ -39,8 +39,7 @@ def run(
 ) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
-    Looks in the committed store, unless told not to, then in ``directory``, where a new run goes; an interrupted run is
-    resumed.
+    Looks in the committed store, if it may, then in ``directory``, where a new run goes; an interrupted run is resumed.
     watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
     more on a CPU. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
@@ -85,15 +84,15 @@ def reproduce(
     holds the run itself, or its device is not there.
     """
     if stored.experiment.settings != stored.settings:
-        raise ValueError(
-            f"the recipe of {stored.name} has changed since it was stored: this library cannot train it again"
-        )
+        raise ValueError(f"the recipe of {stored.name} has changed since it was stored: it cannot be trained again")
     made, threads = stored.provenance, torch.get_num_threads()
     how = {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False), "committed": False}
     examples = next(iter(stored.table.values())).n
     with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as folder:
-        if Path(folder, stored.experiment.name).resolve() == stored.path.resolve():
+        if Path(folder).resolve() == stored.path.parent.resolve():
             raise ValueError(f"{folder} holds the stored run itself: train it again in another folder")
+        if (path := Path(folder, stored.experiment.name)).joinpath("run.json").exists():
+            return compare(stored, load_run(path))
         torch.set_num_threads(made["threads"])
         try:
             with nullcontext() if made.get("kernel", False) else without_cpp():
@@ -104,7 +103,7 @@ def reproduce(
         return compare(stored, again)
 
 
-def compare(run: Run, again: Run) -> tuple[list[str], bool]:
+def compare(stored: Run, again: Run) -> tuple[list[str], bool]:
     """Return what became of a run that was trained again, in lines, and whether it counts as reproduced.
 
     On the processor, versions and number of threads of the stored run every number has to be the same, on the CPU at
@@ -112,26 +111,26 @@ def compare(run: Run, again: Run) -> tuple[list[str], bool]:
     more than chance explains. (Chance is taken to be that of two sets of examples. Both tables are of the same set, so
     this errs towards "reproduced".) Raises ValueError when it is a run of other settings.
     """
-    if again.settings != run.settings:
+    if again.settings != stored.settings:
         raise ValueError(f"{again.path} is of a run with other settings: train again in another folder")
-    was, became = ({name: r.provenance.get(name, False) for name in ALIKE} for r in (run, again))
+    was, became = ({name: r.provenance.get(name, False) for name in ALIKE} for r in (stored, again))
     other = "; ".join(f"{name} {was[name]}, now {became[name]}" for name in ALIKE if was[name] != became[name])
-    same_history = replace(run.history, seconds=[]) == replace(again.history, seconds=[])
-    losses = f"differs: last loss {run.history.loss[-1]} stored, {again.history.loss[-1]} now"
+    same_history = replace(stored.history, seconds=[]) == replace(again.history, seconds=[])
+    losses = f"differs: last loss {stored.history.loss[-1]} stored, {again.history.loss[-1]} now"
     gap, weights = 0.0, "not stored, so not compared"
-    if run.weights:
-        old, new = (r.load_model().state_dict() for r in (run, again))
+    if stored.weights:
+        old, new = (r.load_model().state_dict() for r in (stored, again))
         gap = max((old[name] - new[name]).abs().max().item() for name in old)
         weights = f"differ by up to {gap:.2g}" if gap else "identical: bit for bit"
-    apart = differing(again.table, run.table, len(run.table))
+    apart = differing(again.table, stored.table, len(stored.table))
     chance = "MORE than chance explains" if apart else "chance"
-    reproduced = not apart and (bool(other) or (same_history and again.table == run.table and not gap))
+    reproduced = not apart and (bool(other) or (same_history and again.table == stored.table and not gap))
     return [
         "made      " + (f"differently: {other}" if other else "on the same machine and versions"),
         "history   " + ("identical" if same_history else losses),
         "weights   " + weights,
-        "accuracy  " + ("identical" if again.table == run.table else f"differs by {chance}"),
-        *results.beside_stored(again.table, run, apart),
+        "accuracy  " + ("identical" if again.table == stored.table else f"differs by {chance}"),
+        *results.beside_stored(again.table, stored, apart),
         "reproduced" if reproduced else "NOT reproduced",
     ], reproduced
 
