@@ -82,8 +82,9 @@ def _automaton(task: CellularAutomaton, episode: Episode, index: int, answers: T
     diagram = space_time(episode.windows[index, 0], task.rule, int(episode.depth[index, 0])).tolist()
     asked, last = task.cells if task.ask == "every" else 1, len(diagram) - 1
     labels: dict[float, str] = {0: "read, t = 0", last: f"asked, t = {last}"}
+    height = last + (1 if answers is None else 3)
     look: Any = {"cmap": ListedColormap(["white", "#2B3440"]), "vmin": 0, "vmax": 1, "edgecolors": FAINT, "lw": 0.6}
-    with new_figure(min(6.4, 0.36 * task.cells + 1.4), 0.32 * (last + 3) + 0.9) as (figure, axes):
+    with new_figure(min(6.4, 0.36 * task.cells + 1.4), 0.32 * height + 0.9) as (figure, axes):
         axes.pcolormesh(diagram, **look)
         axes.add_patch(Rectangle((0, last), asked, 1, fill=False, edgecolor=PASS_COLOURS[4], lw=2.2))
         if answers is not None:
