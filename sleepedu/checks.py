@@ -4,6 +4,7 @@ import math
 
 MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
 MOST_SEED = 2**32 - 1
+LATER = {"later": True}  # of a field that came after runs were stored: at its default it is no part of their settings
 
 
 def whole(name: str, value: object, least: int, most: int = MOST) -> None:

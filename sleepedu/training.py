@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sleepedu import checks
 from sleepedu.fast.compiling import compiled_blocks, keep_freed_memory
+from sleepedu.fast.precision import autocast, check_precision, choose_precision, tf32
+from sleepedu.fast.recording import Recorded
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
-from sleepedu.tasks.base import Episode, Task, check_task, majority_loss
-from sleepedu.tasks.random_streams import TRAINING, stream
+from sleepedu.tasks.base import UNSCORED, Episode, Task, check_task, majority_loss
+from sleepedu.tasks.batches import prefetched
+
+Gradients = Callable[[Episode, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class TrainConfig:
     decay: float = 0.3  # ... then down to zero over this last part of the run
     weight_decay: float = 1e-4
     clip: float = 1.0
-    autocast: str = ""  # or "bfloat16" or "float16" for mixed precision; S stays float32
+    precision: str = "auto"  # of large products, as in ``fast.precision``; S stays float32
 
     def __post_init__(self):
         fewest, most = self.range_of_passes
@@ -59,8 +64,7 @@ class TrainConfig:
             raise ValueError(
                 f"decay must lie in 0..1 and weight_decay not be negative, got {self.decay}, {self.weight_decay}"
             )
-        if self.autocast not in ("", "bfloat16", "float16"):
-            raise ValueError(f"autocast {self.autocast!r} is unknown: use '', 'bfloat16' or 'float16'")
+        check_precision(self.precision)
 
     @property
     def range_of_passes(self) -> tuple[int, int]:
@@ -104,6 +108,7 @@ class TrainingState:
     model: SleepLM
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
+    precision: str  # as chosen for the device
     history: History
     sums: Tensor  # (3,): loss, share right and gradient norm, added up over ...
     counted: int = 0  # ... so many steps since the last history entry
@@ -136,27 +141,27 @@ def train(
         raise ValueError(f"a batch of {config.batch} does not divide into equal shares for {ranks} ranks")
     keep_freed_memory()
     state = begin_training(model, task, config)
-    fewest, most = config.range_of_passes
+    varies = len(set(config.range_of_passes)) > 1
     answering: nn.Module = AnsweringEpisodes(model, recompute)
     if ranks > 1:  # a parameter without gradient (inject, at N = 1) never has one, unless N varies
-        varies = fewest < most
         answering = DistributedDataParallel(answering, static_graph=not varies, find_unused_parameters=varies)
+    gradients: Gradients = partial(find_gradients, state, answering)
+    if compile and device.type == "cuda" and ranks == 1:
+        gradients = Recorded(gradients, model.parameters())
     entry_every = max(1, config.steps // 200)
 
     saved = nullcontext() if checkpoint is None else checkpoint.running(state, task, config)
-    with saved, compiled_blocks(model) if compile else nullcontext():
+    with saved, tf32(state.precision, device), compiled_blocks(model) if compile else nullcontext():
         started = time.perf_counter() - state.seconds
         model.train()
-        for step in range(state.step, config.steps):
+        for step, (batch, passes) in enumerate(prefetched(task, config, state.step, device), state.step):
             for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
                 group["lr"] = group["initial_lr"] * config.rate(step)
-            generator = stream(config.seed, TRAINING, step)
-            batch = task.sample(config.batch, generator)
-            passes = int(torch.randint(fewest, most + 1, (), generator=generator))
             share = batch[rank::ranks].to(device)
-            # The ranks' mean is that of the whole batch, also where one has more scored tokens than another.
-            count = int(batch.asked.sum()) / ranks
-            state.sums += training_step(state, answering, share, passes, config, count)
+            find = gradients
+            if ranks > 1:  # their mean is that of the whole batch, also where one has more scored tokens than another
+                find = partial(gradients, count=int(batch.asked.sum()) / ranks)
+            state.sums += training_step(state, find, share, passes, config.clip)
             state.step, state.counted = step + 1, state.counted + 1
             if not state.step % entry_every or state.step == config.steps:
                 if ranks > 1:
@@ -181,37 +186,44 @@ def begin_training(model: SleepLM, task: Task, config: TrainConfig) -> TrainingS
     """Return the state of a run before its first step."""
     device = model.head.weight.device
     scale = 2.0**16 / rank_and_ranks()[1]  # a rank's gradients are so many times larger before they are averaged
-    scaler = torch.amp.GradScaler(device.type, scale, enabled=config.autocast == "float16")
+    precision = choose_precision(config.precision, device)
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=precision == "float16")
     history = History(tokens_per_step=config.batch * task.tokens_per_example, majority_loss=majority_loss(task))
-    return TrainingState(model, make_optimizers(model, config), scaler, history, sums=torch.zeros(3, device=device))
+    return TrainingState(
+        model, make_optimizers(model, config), scaler, precision, history, sums=torch.zeros(3, device=device)
+    )
 
 
-def training_step(
-    state: TrainingState, answering: nn.Module, episode: Episode, passes: int, config: TrainConfig, count: float = 0
-) -> Tensor:
+def training_step(state: TrainingState, gradients: Gradients, episode: Episode, passes: int, clip: float) -> Tensor:
     """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move.
 
-    answering: ``AnsweringEpisodes`` of the state's model, or what wraps it. count: as in ``score``.
-    Return loss (nats a scored token), share right, and the gradient's norm, (3,).
+    gradients: ``find_gradients`` of the state, or what stands for it. Return loss (nats a scored token), share right,
+    and the gradient's norm, (3,).
     """
     scaler = state.scaler
-    for optimizer in state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    kind = episode.prompt.device.type
-    with torch.autocast(kind, getattr(torch, config.autocast or "bfloat16"), enabled=bool(config.autocast)):
-        logits = answering(episode, passes)
-    loss, accuracy = score(logits.float(), episode, count)
-    scaler.scale(loss).backward()
+    loss, accuracy = gradients(episode, passes)
     for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip)
     if scaler.is_enabled() and not norm.isfinite():  # one decision for all: where one cannot move, none does
         state.model.zero_grad(set_to_none=True)
     for optimizer in state.optimizers:
         scaler.step(optimizer)
     scaler.update()
     # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
-    return torch.stack((loss.detach(), accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
+    return torch.stack((loss, accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
+
+
+def find_gradients(
+    state: TrainingState, answering: nn.Module, episode: Episode, passes: int, count: float = 0
+) -> tuple[Tensor, Tensor]:
+    """Let ``AnsweringEpisodes``, or what wraps it, answer; leave the gradients in the model; return as ``score`` does."""
+    state.model.zero_grad(set_to_none=True)
+    with autocast(state.precision, episode.prompt.device):
+        logits = answering(episode, passes)
+    loss, accuracy = score(logits.float(), episode, count)
+    state.scaler.scale(loss).backward()
+    return loss.detach(), accuracy
 
 
 class AnsweringEpisodes(nn.Module):
@@ -230,12 +242,11 @@ def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, T
 
     logits: (b, p, V) for the episode's prompt. count: scored tokens to divide by; 0 means those of the episode.
     """
-    asked = episode.asked
-    logits, targets = logits[asked], episode.targets[asked]
-    count = max(count or len(targets), 1)  # who asks nothing adds nothing
-    right = (logits.detach().argmax(-1) == targets).sum()
-    # Sums, because a rank's rows may have no scored token, and the mean of nothing is no number.
-    return F.cross_entropy(logits, targets, reduction="sum") / count, right / count
+    # Sums over all positions, of which a GPU's host need not know how many are scored; and a rank may have none.
+    count = count or episode.asked.sum().clamp(min=1)  # who asks nothing adds nothing
+    right = (logits.detach().argmax(-1) == episode.targets).sum()
+    loss = F.cross_entropy(logits.flatten(0, 1), episode.targets.flatten(), ignore_index=UNSCORED, reduction="sum")
+    return loss / count, right / count
 
 
 def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Optimizer]:

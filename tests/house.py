@@ -17,12 +17,13 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "intervals",
     "tasks/random_streams",
     "tasks/base",
-    "tasks/cellular_automaton tasks/graph_retrieval tasks/math_reasoning",
+    "tasks/batches tasks/cellular_automaton tasks/graph_retrieval tasks/math_reasoning",
     "tasks/__init__",
     "fast_weights",
-    "fast/cpp",
+    "fast/cpp fast/gpu",
+    "fast/operator",
     "fast/__init__",
-    "fast/compiling",
+    "fast/compiling fast/precision fast/recording",
     "layers",
     "model",
     "sleep_loop",
@@ -46,7 +47,7 @@ ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", 
 FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
-LIMITS = {"core": 1050, "total": 4200}  # lines
+LIMITS = {"core": 1050, "total": 4700}  # lines
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

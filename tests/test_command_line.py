@@ -120,6 +120,7 @@ def test_train_evaluate_and_results(capsys, tmp_path):
         "passes": 2,
         "size": "smoke",
         "seed": 0,
+        "learning_rate": 0.0,
         "steps": 4,
         "tokens": 4 * 64 * 24,
     }

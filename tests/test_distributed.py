@@ -118,7 +118,7 @@ def test_two_ranks_have_the_gradients_and_the_curve_of_one(make_model, on_two_ra
         (make_model("ag", "inject"), Questions(), replace(CONFIG, passes=(1, 3))),  # injects in some steps
         (make_model(), Questions(scored=(1, 3, 2, 3)), CONFIG),
         (make_model(), Questions(scored=(0, 3, 0, 1)), CONFIG),  # the first rank has nothing to learn from
-        (make_model(), Questions(), replace(CONFIG, autocast="float16")),
+        (make_model(), Questions(), replace(CONFIG, precision="float16")),
     ]
     ones = train_all(runs)
     firsts, seconds = on_two_ranks(train_all, runs)

@@ -106,7 +106,7 @@ def test_settings_change_with_every_setting_of_a_recipe(monkeypatch):
         "model": {"layout": "ga", "width": 16, "heads": 4, "key_size": 3, "value_size": 3, "mlp_ratio": 3.0}
         | {"convolution": 3, "write_range": 1.0, "positions": 12},
         "train": {"steps": 299, "batch": 63, "learning_rate": 0.02, "adam_learning_rate": 0.01, "warmup": 49}
-        | {"decay": 0.2, "weight_decay": 0.0, "clip": 2.0, "autocast": "bfloat16"},
+        | {"decay": 0.2, "weight_decay": 0.0, "clip": 2.0, "precision": "bfloat16"},
     }
     base = RECIPES["graph", "smoke"]
     experiment = Experiment("graph", "smoke")
@@ -121,6 +121,17 @@ def test_settings_change_with_every_setting_of_a_recipe(monkeypatch):
             monkeypatch.setattr(recipes, "RECIPES", {("graph", "smoke"): recipe})
             seen.add(json.dumps(experiment.settings))
     assert len(seen) == 1 + sum(len(settings) for settings in changed.values())
+
+
+def test_a_field_that_came_later_is_told_only_where_it_is_not_at_its_default(monkeypatch):
+    recipe = RECIPES["rule110", "smoke"]
+    told = []
+    for more in ({}, {"held_out": 0.0, "test_rows": "held out"}, {"held_out": 0.25}, {"test_rows": "training"}):
+        changed = replace(recipe, task={**recipe.task, **more})
+        monkeypatch.setattr(recipes, "RECIPES", {("rule110", "smoke"): changed})
+        told.append(Experiment("rule110", "smoke").settings["task"])
+    before = {"name": "rule110", "cells": 6, "rows": 1, "steps": [1, 2], "ask": "every", "rule": 110}
+    assert told == [before, before, {**before, "held_out": 0.25}, {**before, "test_rows": "training"}]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from test_fast_weights import NAMES, assert_same, make_inputs, outputs_and_gradi
 from torch import library
 
 from sleepedu import fast
-from sleepedu.fast import cpp, gated_delta_fast
-from sleepedu.fast.cpp import MULTIPLES
+from sleepedu.fast import cpp, gated_delta_fast, operator
+from sleepedu.fast.operator import MULTIPLES
 from sleepedu.fast_weights import gated_delta, gated_delta_chunked
 
 compiled = pytest.mark.usefixtures("compiler")
@@ -98,9 +98,9 @@ def test_no_sequence_is_no_error():
 @compiled
 def test_torch_takes_it_for_an_operator():
     inputs = make_inputs(2, 2, 5, 16, 16, dtype=torch.float32)
-    library.opcheck(cpp._forward, inputs)
-    o, w, S_end = cpp._forward(*inputs)
-    library.opcheck(cpp._backward, (*inputs, w, torch.ones_like(o), torch.ones_like(S_end)))
+    library.opcheck(operator.forward, inputs)
+    o, w, S_end = operator.forward(*inputs)
+    library.opcheck(operator.backward, (*inputs, w, torch.ones_like(o), torch.ones_like(S_end)))
 
 
 @compiled

@@ -74,7 +74,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 graphs = some(nodes=odd, hops=odd, queries=odd, windows=odd, shortest=odd, tested=tuples, name_tokens=odd)
-automata = some(cells=odd, rows=odd, steps=tuples, ask=st.sampled_from(["first", "every", "all", 1]), rule=odd)
+automata = some(
+    cells=odd,
+    rows=odd,
+    steps=tuples,
+    ask=st.sampled_from(["first", "every", "mixed", "all", 1]),
+    rule=odd,
+    held_out=st.one_of(odd, st.sampled_from([0.01, 0.1, 0.5, 0.99])),
+    test_rows=st.sampled_from(["held out", "training", "all", 1]),
+)
 mathematics = some(
     quantities=odd,
     operations=odd,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sleepedu.pictures import draw_episode
 from sleepedu.tasks import TASKS, UNSCORED, CellularAutomaton, Episode, GraphRetrieval
-from sleepedu.tasks.cellular_automaton import next_row, space_time
+from sleepedu.tasks.cellular_automaton import all_rows, next_row, space_time
 
 
 def draw_from(task, batch=200, seed=0, depth=None) -> Episode:
@@ -31,7 +31,10 @@ def words_of(task, tokens) -> list[str]:
 LONG_NAMES = GraphRetrieval(nodes=9, hops=3, queries=5, windows=4, shortest=3, name_tokens=2)
 
 
-@pytest.fixture(params=[*TASKS, LONG_NAMES], ids=str)
+MIXED = CellularAutomaton(cells=9, steps=(1, 3, 4), ask="mixed", held_out=0.2)
+
+
+@pytest.fixture(params=[*TASKS, LONG_NAMES, MIXED], ids=str)
 def task(request):
     return TASKS[request.param]() if isinstance(request.param, str) else request.param
 
@@ -383,6 +386,56 @@ def test_every_bit_after_t_steps(depth):
             assert episode.targets[i].tolist() == brute_force(bits, rule, t)
 
 
+def test_a_mixed_prompt_asks_every_cell_after_a_t_of_its_own():
+    for rule in (110, 30):
+        task = replace(MIXED, rule=rule)
+        episode = draw_from(task, 200)
+        assert all(len(set(row)) > 1 for row in episode.depth.tolist()), "a t for every cell, not one for all"
+        for i in range(200):
+            bits = [int(word) for word in words_of(task, episode.windows[i])]
+            for cell, asked in enumerate(words_of(task, episode.prompt[i])):
+                t = int(asked.removeprefix("?"))
+                assert episode.depth[i, cell] == t
+                assert episode.targets[i, cell] == brute_force(bits, rule, t)[cell]
+        alone = draw_from(task, 5, depth=3)
+        assert torch.equal(alone.targets, draw_from(replace(task, ask="every"), 5, depth=3).targets)
+
+
+def keys(episode) -> set[int]:
+    return set((episode.windows.flatten(0, 1) << torch.arange(episode.windows.shape[-1])).sum(dim=-1).tolist())
+
+
+@pytest.mark.parametrize("form", [{"ask": "mixed"}, {"ask": "every"}, {"ask": "first", "rows": 3}], ids=str)
+def test_rows_held_out_are_never_drawn_for_training_and_alone_for_testing(form):
+    task = CellularAutomaton(cells=8, steps=(1, 2), held_out=0.25, **form)
+    trained = set().union(*(keys(draw_from(task, 1000, seed)) for seed in range(5)))
+    held_out = set().union(*(keys(draw_from(task, 1000, seed, depth=2)) for seed in range(5)))
+    again = set().union(*(keys(draw_from(replace(task, test_rows="training"), 1000, s, depth=2)) for s in range(5)))
+    assert not trained & held_out and len(trained | held_out) == 256
+    assert again == trained and 0.15 < len(held_out) / 256 < 0.35
+
+
+def test_which_rows_are_held_out_is_the_same_in_every_process_and_for_every_task_of_that_share():
+    rows = all_rows(10)
+    tenth, half = (CellularAutomaton(cells=10, held_out=share).is_held_out(rows) for share in (0.1, 0.5))
+    assert tenth.sum() == 112 and tenth[:40].nonzero().flatten().tolist() == [0, 2, 17, 32]
+    assert (half | ~tenth).all() and half.sum() == pytest.approx(512, abs=48)
+    long = torch.randint(2, (4000, 3, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert CellularAutomaton(cells=20, held_out=0.1).is_held_out(long).double().mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_an_automaton_that_holds_nothing_out_draws_the_rows_it_always_drew():
+    rows = torch.randint(2, (6, 1, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).long()
+    for ask, test_rows, depth in itertools.product(("every", "mixed"), ("held out", "training"), (None, 2)):
+        assert torch.equal(draw_from(CellularAutomaton(ask=ask, test_rows=test_rows), 6, depth=depth).windows, rows)
+
+
+def test_a_share_that_leaves_no_row_on_either_side_is_refused_before_any_is_drawn():
+    for cells, share, left in ((3, 0.01, "8 of 8"), (3, 0.99, "0 of 8")):
+        with pytest.raises(ValueError, match=f"held_out {share} leaves {left} rows to train on"):
+            CellularAutomaton(cells=cells, held_out=share)
+
+
 def test_the_papers_form_asks_for_the_first_bit_of_every_row():
     task = CellularAutomaton(rows=4, cells=24, steps=(32,), ask="first")
     assert (task.windows, task.window, task.prompt_length, task.depths) == (4, 24, 4, (32,))
@@ -411,6 +464,12 @@ def test_one_is_the_answer_to_56_percent_of_the_papers_questions():
         {"rule": -1},
         {"rule": 256},
         {"rows": 2},
+        {"held_out": 1.0},
+        {"held_out": -0.1},
+        {"held_out": 0.001},
+        {"held_out": "0.1"},
+        {"held_out": True},
+        {"test_rows": "seen"},
     ],
     ids=str,
 )

@@ -330,9 +330,9 @@ def test_history_says_where_the_run_stands(make_model, capsys):
     assert "N=1 to 2:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
-def test_mixed_precision_trains(autocast, make_model):
-    history = train(make_model(), TASK, replace(CONFIG, steps=2, autocast=autocast))
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_trains(precision, make_model):
+    history = train(make_model(), TASK, replace(CONFIG, steps=2, precision=precision))
     assert len(history.loss) == 2
 
 
@@ -344,12 +344,12 @@ def test_a_model_of_another_precision_trains(dtype, make_model):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("autocast", ["", "bfloat16", "float16"])
-def test_gradients_that_are_too_large_for_float16_are_skipped_by_both_optimizers(autocast, make_model):
+@pytest.mark.parametrize("precision", ["auto", "bfloat16", "float16"])
+def test_gradients_that_are_too_large_for_float16_are_skipped_by_both_optimizers(precision, make_model):
     model = make_model()
     with torch.no_grad():
         model.head.weight.mul_(100)
-    history = train(model, TASK, replace(CONFIG, steps=80, batch=16, autocast=autocast))
+    history = train(model, TASK, replace(CONFIG, steps=80, batch=16, precision=precision))
     assert history.loss[0] > 10 * history.majority_loss > 5 * history.loss[-1]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -367,7 +367,7 @@ def test_gradients_that_are_too_large_for_float16_are_skipped_by_both_optimizers
         {"warmup": -1},
         {"weight_decay": -0.5},
         {"decay": 1.5},
-        {"autocast": "int8"},
+        {"precision": "int8"},
     ],
     ids=str,
 )

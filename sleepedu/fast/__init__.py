@@ -1,32 +1,35 @@
 """What is only fast, behind one door: ``gated_delta_fast`` gives the numbers of ``gated_delta``, by the best road here.
 
-On a CPU that is C++ (``cpp``), elsewhere and without a compiler the chunks. ``compiling`` has what else makes a
-training step faster.
+On a CPU that is C++ (``cpp``), on a GPU Triton (``gpu``), and where neither can be had the chunks. ``compiling`` has
+what else makes a training step faster, ``precision`` the numbers that it computes in.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sleepedu.fast import cpp
+from sleepedu.fast import cpp, operator
 from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
+_TRITON = importlib.util.find_spec("triton") is not None
 _cpp: bool | None = None  # a plain value, which torch.compile can read; None until it is first asked for
 
 
 def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``gated_delta`` the fastest way there is here: compiled on a CPU, by ``gated_delta_chunked`` elsewhere.
+    """Compute ``gated_delta`` the fastest way there is here: compiled where it can be, else by ``gated_delta_chunked``.
 
-    There is compiled code for float32 and the sizes in ``cpp.MULTIPLES``. Raises ValueError as the rules do; its
-    gradient MemoryError where S after each token does not fit into memory.
+    There is compiled code for float32 and the sizes in ``operator.MULTIPLES``. Raises ValueError as the rules do; its
+    gradient MemoryError where a CPU has no memory for S after each token.
     """
     check_inputs(q, k, v, log_a, b, S)
-    multiple = cpp.MULTIPLES.get(q.shape[-1])
-    fits = multiple is not None and v.shape[-1] % multiple == 0
-    if fits and q.dtype == torch.float32 and q.device.type == "cpu" and cpp_is_available():
-        return cpp.GatedDelta.apply(q, k, v, log_a, b, S)
+    multiple = operator.MULTIPLES.get(q.shape[-1])
+    fits = multiple is not None and v.shape[-1] % multiple == 0 and q.dtype == torch.float32
+    available = {"cpu": cpp_is_available, "cuda": triton_is_available}.get(q.device.type)
+    if fits and available is not None and available():
+        return operator.GatedDelta.apply(q, k, v, log_a, b, S)
     return gated_delta_chunked(q, k, v, log_a, b, S)
 
 
@@ -36,6 +39,11 @@ def cpp_is_available() -> bool:
     if _cpp is None:
         _cpp = cpp.compiled_code() is not None
     return _cpp
+
+
+def triton_is_available() -> bool:
+    """Return whether there is a Triton to compile the rule for a GPU."""
+    return _TRITON
 
 
 @contextlib.contextmanager

@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 SOURCE = Path(__file__).with_name("gated_delta.cpp")
-MULTIPLES = {16: 16, 32: 8, 64: 4, 128: 4}  # the d_k there is code for, and what d_v has to be a multiple of
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 # The first that the compiler takes: not everyone has OpenMP, and Apple's compiler has its own word for "native".
 FURTHER = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
@@ -40,52 +39,15 @@ def compiled_code() -> ctypes.CDLL | None:
     return None
 
 
-class GatedDelta(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, log_a, b, S):
-        o, w, S_end = torch.ops.sleepedu.gated_delta(q, k, v, log_a, b, S)
-        ctx.save_for_backward(q, k, v, log_a, b, S, w)
-        return o, S_end
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dS_end):
-        return torch.ops.sleepedu.gated_delta_backward(*ctx.saved_tensors, do, dS_end)
+def forward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, *found: Tensor) -> None:
+    """Compute o, w and S after the last token into ``found``."""
+    _call("gated_delta_forward", q, k, v, a, b, S, *found)
 
 
-@library.custom_op("sleepedu::gated_delta", mutates_args=(), device_types="cpu")
-def _forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    found = _found(q, k, v, log_a, b, S)
-    _call("gated_delta_forward", q, k, v, log_a.exp(), b, S, *found)
-    return found
-
-
-@_forward.register_fake
-def _found(q, k, v, log_a, b, S):
-    return _room(v), _room(v), S.new_empty(S.shape)  # o, w and S after the last token
-
-
-@library.custom_op("sleepedu::gated_delta_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, w: Tensor, do: Tensor, dS: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _gradients(q, k, v, log_a, b, S, w, do, dS)
-    if _call("gated_delta_backward", q, k, v, log_a.exp(), b, S, w, do, dS, *found):
+def backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, w: Tensor, *others: Tensor) -> None:
+    """Compute the six gradients into the last of ``others``, which begin with the gradients of o and S."""
+    if _call("gated_delta_backward", q, k, v, a, b, S, w, *others):
         raise MemoryError(f"there is no memory for S after each of {q.shape[2]:,} tokens: take a shorter window")
-    return found
-
-
-@_backward.register_fake
-def _gradients(q, k, v, log_a, b, S, w, do, dS):
-    return *map(_room, (q, k, v, log_a, b)), S.new_empty(S.shape)
-
-
-def _room(like: Tensor) -> Tensor:
-    """Return an empty (batch, heads, length, ...), laid out in memory as projections are, (batch, length, heads, ...).
-
-    So nobody has to turn it round before the next projection.
-    """
-    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
 
 
 class _Tensor(ctypes.Structure):

@@ -29,7 +29,7 @@ from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.session import Session
 from sleepedu.sleep_loop import sleep
 from sleepedu.tasks.random_streams import TRAINING, stream
-from sleepedu.training import AnsweringEpisodes, begin_training, training_step
+from sleepedu.training import AnsweringEpisodes, begin_training, find_gradients, training_step
 
 RULE_SHAPES = ((64, 4, 24, 16), (64, 4, 24, 64), (32, 4, 75, 64), (4, 4, 2048, 64))  # batch, heads, length, size
 PASSES = (1, 2, 4, 8)
@@ -140,7 +140,8 @@ def time_step(device: torch.device) -> Iterator[Row]:
                 if way == "compiled":
                     stack.enter_context(compiled_blocks(model))
                 state = begin_training(model, questions, config)
-                ways[way] = partial(training_step, state, AnsweringEpisodes(model), episode, passes, config)
+                gradients = partial(find_gradients, state, AnsweringEpisodes(model))
+                ways[way] = partial(training_step, state, gradients, episode, passes, config.clip)
             found = alternately(ways, device)
         best, operations = min(way["ms"] for way in found.values()), count_operations(ways["plain"])
         yield {

@@ -235,12 +235,12 @@ def _questions(task: Task) -> dict[int, tuple[Tensor, slice] | None]:
         words = (torch.full_like(nodes, task.words.index(f"+{k}")) for k in hops)
         prompts = (torch.stack((word, nodes), dim=1).flatten() for word in words)
         return {k: (prompt, slice(1, None, 2)) for k, prompt in zip(hops, prompts, strict=True)}
-    if isinstance(task, CellularAutomaton) and task.ask == "every":
+    if isinstance(task, CellularAutomaton) and task.ask != "first":
         asked = {t: (torch.full((task.cells,), task.words.index(f"?{t}")), slice(None)) for t in task.steps}
         return {t: asked.get(t) for t in range(max(task.steps) + 1)}
     raise ValueError(
         f"the task {task} has no probe: use a graph with name_tokens=1, windows=1 and shortest=0, "
-        "or an automaton with ask='every'"
+        "or an automaton with ask='every' or 'mixed'"
     )
 
 

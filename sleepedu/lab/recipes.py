@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from sleepedu import checks
@@ -160,6 +160,12 @@ class Experiment:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on besides the machine, as it stands in a stored run."""
-        task = {"name": self.task, **asdict(self.make_task())}
-        settings = {"task": task, "model": asdict(self.model_config), "train": asdict(self.train_config)}
+        task = {"name": self.task, **_told(self.make_task())}
+        settings = {"task": task, "model": _told(self.model_config), "train": _told(self.train_config)}
         return json.loads(json.dumps(settings))  # tuples become lists, as they do on disk
+
+
+def _told(made: Any) -> dict[str, Any]:
+    """Return a dataclass's fields, without those that came ``checks.LATER`` and have their default."""
+    values = {f: getattr(made, f.name) for f in fields(made)}
+    return {f.name: value for f, value in values.items() if value != f.default or not f.metadata.get("later")}

@@ -68,10 +68,9 @@ class Run:
 
     def row(self) -> dict[str, Any]:
         """Return the run as one row of ``results``."""
-        e = self.experiment
         return {
             "run": self.name,
-            **{name: getattr(e, name) for name in ("task", "model", "passes", "size", "seed", "carry")},
+            **asdict(self.experiment),
             "steps": self.settings["train"]["steps"],
             **{name: self.provenance[name] for name in ("tokens", "seconds", "device")},
             "majority": round(sum(a.majority for a in self.table.values()) / len(self.table), 5),

@@ -78,21 +78,25 @@ def _graph(task: GraphRetrieval, episode: Episode, index: int, answers: Tensor |
 
 @_picture.register
 def _automaton(task: CellularAutomaton, episode: Episode, index: int, answers: Tensor | None) -> Figure:
-    """Draw the first row and what it becomes, the bits that are asked for framed, and a model's answers beneath."""
-    diagram = space_time(episode.windows[index, 0], task.rule, int(episode.depth[index, 0])).tolist()
-    asked, last = task.cells if task.ask == "every" else 1, len(diagram) - 1
+    """Draw the first row as far as its first question, the bits that are asked there framed, and answers beneath."""
+    t = episode.depth[index, 0]
+    diagram = space_time(episode.windows[index, 0], task.rule, int(t)).tolist()
+    asked = [0] if task.ask == "first" else (episode.depth[index] == t).nonzero().flatten().tolist()
+    last, height, bits = len(diagram) - 1, len(diagram) + (0 if answers is None else 2), ("white", "#2B3440")
+    frame: Any = {"lw": 1.8, "zorder": 3}
     labels: dict[float, str] = {0: "read, t = 0", last: f"asked, t = {last}"}
-    height = last + (1 if answers is None else 3)
-    look: Any = {"cmap": ListedColormap(["white", "#2B3440"]), "vmin": 0, "vmax": 1, "edgecolors": FAINT, "lw": 0.6}
     with new_figure(min(6.4, 0.36 * task.cells + 1.4), 0.32 * height + 0.9) as (figure, axes):
-        axes.pcolormesh(diagram, **look)
-        axes.add_patch(Rectangle((0, last), asked, 1, fill=False, edgecolor=PASS_COLOURS[4], lw=2.2))
+        axes.pcolormesh(diagram, cmap=ListedColormap(bits), vmin=0, vmax=1, edgecolors=FAINT, lw=0.6)
+        for x in asked:
+            axes.add_patch(Rectangle((x, last), 1, 1, fill=False, edgecolor=PASS_COLOURS[4], **frame))
         if answers is not None:
-            below, given = last + 1.5, answers[:asked].tolist()
-            axes.pcolormesh(range(asked + 1), (below, below + 1), [given], **look)
-            wrong = [x for x, bit in enumerate(given) if bit != diagram[last][x]]
+            below, given = last + 1.5, dict(zip(asked, answers[asked].tolist(), strict=True))
+            wrong = [x for x, bit in given.items() if bit != diagram[last][x]]
+            for x, bit in given.items():
+                edge = WRONG if x in wrong else RIGHT
+                axes.add_patch(Rectangle((x, below), 1, 1, facecolor=bits[bit], edgecolor=edge, **frame))
             for x in wrong:
-                axes.text(x + 0.5, below + 0.5, "×", **CENTRED, color=WRONG, fontsize=13, weight="bold")
+                axes.text(x + 0.5, below + 0.5, "×", **CENTRED, color=WRONG, fontsize=13, weight="bold", zorder=4)
             labels[below] = "the model: " + (f"{len(wrong)} wrong" if wrong else "all right")
         axes.set(xlim=(-0.1, task.cells + 0.1), ylim=(max(labels) + 1.1, -0.1), aspect="equal", xticks=[])
         axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))

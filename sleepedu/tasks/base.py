@@ -45,8 +45,12 @@ class Episode:
         return self.targets != UNSCORED
 
     def to(self, device: torch.device | str) -> "Episode":
-        """Return the same episode on another device."""
-        return Episode(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        """Return the same episode on another device; from pinned memory without waiting for it to arrive."""
+        return Episode(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+    def pin_memory(self) -> "Episode":
+        """Return the same episode in memory that a GPU copies from by itself."""
+        return Episode(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True)

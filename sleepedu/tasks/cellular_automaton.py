@@ -3,7 +3,8 @@
 What has to be stored is the same for every t; only the number of sequential steps grows.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ class CellularAutomaton(Task):
     """Rows of ``cells`` random bits, one row a window, then questions about them after t steps.
 
     cells: bits in a row, on a ring. rows: independent rows. steps: the t that can be asked; the prompt's token says
-    which. ask: "first" for the first bit of every row (the paper's form), "every" for all bits of a single row.
-    rule: Wolfram's number, 0..255. Depth is t, and an example is right when all its bits are.
-    Raises ValueError for settings outside these.
+    which. ask: "first" for the first bit of every row (the paper's form), "every" for all bits of a single row, "mixed"
+    for all of them, each after a t of its own, unless episodes of one depth are drawn. rule: Wolfram's number, 0..255.
+    held_out: the share of all rows that training, which draws mixed depths, never sees; a hash of a row's bits decides.
+    test_rows: where the rows of episodes of one depth are from, "held out" (where any are) or "training".
+    Depth is t, and an example is right when all its bits are. Raises ValueError for settings outside these.
     """
 
     cells: int = 12
@@ -27,6 +30,8 @@ class CellularAutomaton(Task):
     steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     ask: str = "every"
     rule: int = 110
+    held_out: float = field(default=0.0, metadata=checks.LATER)
+    test_rows: str = field(default="held out", metadata=checks.LATER)
 
     name = "rule110"
     scoring = "all"
@@ -38,11 +43,20 @@ class CellularAutomaton(Task):
         checks.different("steps", self.steps, least=1)
         if not self.steps:
             raise ValueError("steps must have a number at least, got ()")
-        if self.ask not in ("first", "every"):
-            raise ValueError(f"ask {self.ask!r} is unknown: use 'first' or 'every'")
-        if self.ask == "every" and self.rows != 1:
-            raise ValueError(f"ask 'every' is for a single row, got {self.rows} rows")
+        if self.ask not in ("first", "every", "mixed"):
+            raise ValueError(f"ask {self.ask!r} is unknown: use 'first', 'every' or 'mixed'")
+        if self.ask != "first" and self.rows != 1:
+            raise ValueError(f"ask {self.ask!r} is for a single row, got {self.rows} rows")
         checks.whole("rule", self.rule, least=0, most=255)
+        if self.test_rows not in ("held out", "training"):
+            raise ValueError(f"test_rows {self.test_rows!r} is unknown: use 'held out' or 'training'")
+        checks.finite("held_out", self.held_out)
+        if self.held_out and not 0.01 <= self.held_out <= 0.99:
+            raise ValueError(f"held_out must be 0 or lie in 0.01..0.99, got {self.held_out}")
+        if self.held_out and self.cells <= 10:  # of more rows a hundredth is never empty
+            kept = 2**self.cells - int(self.is_held_out(all_rows(self.cells)).sum())
+            if kept in (0, 2**self.cells):
+                raise ValueError(f"held_out {self.held_out} leaves {kept} of {2**self.cells} rows to train on")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -62,22 +76,37 @@ class CellularAutomaton(Task):
 
     @property
     def prompt_length(self) -> int:
-        return self.cells if self.ask == "every" else self.rows
+        return self.rows if self.ask == "first" else self.cells
 
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
         rows = torch.randint(2, (batch, self.rows, self.cells), generator=generator, dtype=torch.uint8)
-        choice = torch.randint(len(self.steps), (batch,), generator=generator)
+        held_out = depth is not None and self.test_rows == "held out"
+        while self.held_out and (other := self.is_held_out(rows) != held_out).any():
+            rows[other] = torch.randint(2, (int(other.sum()), self.cells), generator=generator, dtype=torch.uint8)
+        different = self.cells if self.ask == "mixed" else 1
+        choice = torch.randint(len(self.steps), (batch, different), generator=generator)
         if depth is not None:
             choice = torch.full_like(choice, self.steps.index(depth))
-        t = torch.tensor(self.steps)[choice]
+        t = torch.tensor(self.steps)[choice]  # (b, 1 or cells)
         after = state = rows
         for step in range(1, int(t.max()) + 1):
             state = next_row(state, self.rule)
-            after = torch.where((t == step)[:, None, None], state, after)
-        targets = after[:, 0, :] if self.ask == "every" else after[:, :, 0]
-        prompt = (2 + choice)[:, None].repeat(1, self.prompt_length)
-        return Episode(rows.long(), prompt, targets.long(), depth=t[:, None].expand_as(prompt))
+            after = torch.where((t == step)[:, None], state, after)
+        targets = after[:, :, 0] if self.ask == "first" else after[:, 0, :]
+        prompt, depths = (asked.repeat(1, self.prompt_length // different) for asked in (2 + choice, t))
+        return Episode(rows.long(), prompt, targets.long(), depths)
+
+    def is_held_out(self, rows: Tensor) -> Tensor:
+        """Return which rows (..., cells) of uint8 are held out, (...) bool: the same in every process, for any seed."""
+        hashes = [hashlib.sha256(bytes(row)).digest()[:4] for row in rows.flatten(0, -2).tolist()]
+        numbers = torch.tensor([int.from_bytes(digits) for digits in hashes])
+        return (numbers < self.held_out * 2**32).view(rows.shape[:-1])
+
+
+def all_rows(cells: int) -> Tensor:
+    """Return every row of so many bits: (2^cells, cells) of uint8."""
+    return (torch.arange(2**cells)[:, None] >> torch.arange(cells) & 1).to(torch.uint8)
 
 
 def next_row(bits: Tensor, rule: int) -> Tensor:

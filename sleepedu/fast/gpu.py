@@ -1,0 +1,273 @@
+"""The gated delta rule on a GPU, in Triton: one kernel takes a head through the whole window, S in its registers.
+
+A kernel goes ``CHUNK`` tokens at a time, with the formulas of ``gated_delta_chunked``: a GPU has units for products of
+small matrices, and what a window needs of them is done before torch could have started its second kernel. Three things
+are done otherwise than there:
+
+* Decay from token i to token t is the product of the gates between them, never a quotient or a difference of sums. So
+  a gate of 0 is a gate like any other, and nothing is lost beside a strong one, in the gradient neither.
+* The triangular system is solved by inverting its matrix, a row after the other.
+* The backward pass keeps S at the beginning of every chunk alone. What each token wrote, u = b w, is kept from the
+  forward pass, and S within the chunk is never needed as a matrix.
+
+Products are as exact as float32 (three TF32 products for one) unless torch may use TF32 for its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK, WARPS = 32, 8  # tokens; of 32 threads, for one program
+ROWS = 64  # rows of S that a program takes at most; other programs take the others
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def forward_kernel(
+    q, k, v, a, b, S, o, w, S_end, length, heads, q_next, k_next, v_next, a_next, b_next,
+    D_K: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    head, first = n % heads, n // heads * length
+    q, k, v = q + first * q_next + head * D_K, k + first * k_next + head * D_K, v + first * v_next + head * D_V
+    a, b, o, w = (
+        a + first * a_next + head,
+        b + first * b_next + head,
+        o + (first * heads + head) * D_V,
+        w + (first * heads + head) * D_V,
+    )
+    rows, keys = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K)
+    tile = rows[:, None] * D_K + keys[None, :]
+    s = tl.load(S + n * D_V * D_K + tile)  # (rows, d_k)
+    for begin in range(0, length, C):
+        t = begin + tl.arange(0, C)
+        q_, k_ = channels(q, t, q_next, keys, length), channels(k, t, k_next, keys, length)  # (c, d_k)
+        b_ = tl.load(b + t * b_next, t < length, 0.0)  # (c,)
+        decay, from_start, to_end = decays(a, t, a_next, length, C)
+        _, inverse = system(k_, b_, decay, tl.minimum(C, length - begin), C, PRECISION)
+        wrong = channels(v, t, v_next, rows, length) - from_start[:, None] * dot(k_, s.T, PRECISION)
+        w_ = dot(inverse, wrong, PRECISION)  # (c, rows)
+        u_ = b_[:, None] * w_
+        read = dot(q_, k_.T, PRECISION) * decay  # (c, c)
+        o_ = from_start[:, None] * dot(q_, s.T, PRECISION) + dot(read, u_, PRECISION)  # (c, rows)
+        at = t[:, None] * heads * D_V + rows[None, :]
+        tl.store(o + at, o_, t[:, None] < length)
+        tl.store(w + at, w_, t[:, None] < length)
+        s = last(from_start, C) * s + dot(u_.T, to_end[:, None] * k_, PRECISION)
+    tl.store(S_end + n * D_V * D_K + tile, s)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def writes_kernel(
+    q, k, a, b, S, w, do, dS_end, dv, db, dS, kept, length, heads, q_next, k_next, a_next, b_next, do_next,
+    D_K: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backwards through the window: the gradient of what every token writes, and S and its gradient at every chunk."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, first = n % heads, n // heads * length
+    q, k, do = q + first * q_next + head * D_K, k + first * k_next + head * D_K, do + first * do_next + head * D_V
+    a, b, w, dv = (
+        a + first * a_next + head,
+        b + first * b_next + head,
+        w + (first * heads + head) * D_V,
+        dv + (first * heads + head) * D_V,
+    )
+    db += (
+        part * tl.num_programs(0) // heads * length + first
+    ) * heads + head  # this program's share of a sum over rows
+    rows, keys = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K)
+    tile = rows[:, None] * D_K + keys[None, :]
+    chunks = tl.cdiv(length, C)
+    kept += n * 2 * chunks * D_V * D_K  # S before every chunk, then its gradient after each
+
+    s = tl.load(S + n * D_V * D_K + tile)  # (rows, d_k)
+    for chunk in range(chunks):  # once more forwards
+        tl.store(kept + chunk * D_V * D_K + tile, s)
+        if chunk < chunks - 1:
+            t = chunk * C + tl.arange(0, C)
+            _, from_start, to_end = decays(a, t, a_next, length, C)
+            u_ = tl.load(b + t * b_next, t < length, 0.0)[:, None] * channels(w, t, heads * D_V, rows, length)
+            k_ = channels(k, t, k_next, keys, length)
+            s = last(from_start, C) * s + dot(u_.T, to_end[:, None] * k_, PRECISION)
+
+    d = tl.load(dS_end + n * D_V * D_K + tile)  # (rows, d_k)
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        tl.store(kept + (chunks + chunk) * D_V * D_K + tile, d)
+        t = chunk * C + tl.arange(0, C)
+        decay, from_start, to_end = decays(a, t, a_next, length, C)
+        k_, q_ = channels(k, t, k_next, keys, length), channels(q, t, q_next, keys, length)  # (c, d_k)
+        do_ = channels(do, t, do_next, rows, length)  # (c, rows)
+        b_ = tl.load(b + t * b_next, t < length, 0.0)
+        alike, inverse = system(k_, b_, decay, tl.minimum(C, length - chunk * C), C, PRECISION)  # (c, c)
+        read = dot(q_, k_.T, PRECISION) * decay  # (c, c)
+        # A write is in S after the chunk, in what later tokens read, and in what they correct.
+        du = to_end[:, None] * dot(k_, d.T, PRECISION) + dot(read.T, do_, PRECISION)  # (c, rows)
+        dw = dot(inverse.T, b_[:, None] * du, PRECISION)
+        du -= dot(alike.T, dw, PRECISION)
+        tl.store(dv + t[:, None] * heads * D_V + rows[None, :], dw, t[:, None] < length)
+        tl.store(db + t * heads, tl.sum(channels(w, t, heads * D_V, rows, length) * du, axis=1), t < length)
+        d = last(from_start, C) * d + dot((from_start[:, None] * do_).T, q_, PRECISION)
+        d -= dot((from_start[:, None] * dw).T, k_, PRECISION)
+    tl.store(dS + n * D_V * D_K + tile, d)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def inputs_kernel(
+    q, k, a, b, w, do, dv, kept, dq, dk, da, length, heads, q_next, k_next, a_next, b_next, do_next,
+    D_K: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk: the gradients of queries, keys and gates, from that of what was written, S before it and dS after."""
+    n, part, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    head, first = n % heads, n // heads * length
+    q, k, do = q + first * q_next + head * D_K, k + first * k_next + head * D_K, do + first * do_next + head * D_V
+    a, b, w, dv = (
+        a + first * a_next + head,
+        b + first * b_next + head,
+        w + (first * heads + head) * D_V,
+        dv + (first * heads + head) * D_V,
+    )
+    share = (part * tl.num_programs(0) // heads * length + first) * heads + head  # of a sum over rows
+    dq, dk, da = dq + share * D_K, dk + share * D_K, da + share
+    rows, keys, i = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K), tl.arange(0, C)
+    tile = rows[:, None] * D_K + keys[None, :]
+    chunks = tl.cdiv(length, C)
+    kept += (n * 2 * chunks + chunk) * D_V * D_K
+    t = chunk * C + i
+    at = t[:, None] * heads * D_K + keys[None, :]
+
+    decay, from_start, to_end = decays(a, t, a_next, length, C)
+    earlier = i[:, None] > i[None, :]  # (t, i): i < t
+    k_ = channels(k, t, k_next, keys, length)  # (c, d_k)
+    u_ = tl.load(b + t * b_next, t < length, 0.0)[:, None] * channels(w, t, heads * D_V, rows, length)  # (c, rows)
+    s, d = tl.load(kept + tile), tl.load(kept + chunks * D_V * D_K + tile)  # (rows, d_k)
+    u_d = to_end[:, None] * dot(u_, d, PRECISION)  # (c, d_k)
+    goes = tl.sum(u_d * k_, axis=1)  # (c,): from token i to S after the chunk
+    # The gate of token t is passed by all that was there before it, on its way to all that comes with it or after.
+    through = last(from_start, C) * tl.sum(tl.sum(s * d, axis=1)) + tl.sum(
+        tl.where(earlier, goes[None, :], 0.0), axis=1
+    )
+
+    do_, q_ = channels(do, t, do_next, rows, length), channels(q, t, q_next, keys, length)
+    by_read = dot(do_, u_.T, PRECISION) * decay  # (c, c)
+    pairs = by_read * dot(q_, k_.T, PRECISION)
+    do_s = from_start[:, None] * dot(do_, s, PRECISION)  # (c, d_k)
+    tl.store(dq + at, do_s + dot(by_read, k_, PRECISION), t[:, None] < length)
+    came = tl.sum(do_s * q_, axis=1)  # (c,): from S before the chunk to token s
+    dk_ = u_d + dot(by_read.T, q_, PRECISION)
+
+    dw = channels(dv, t, heads * D_V, rows, length)
+    by_write = tl.where(earlier, dot(dw, u_.T, PRECISION) * decay, 0.0)  # (c, c)
+    pairs -= by_write * dot(k_, k_.T, PRECISION)
+    dw_s = from_start[:, None] * dot(dw, s, PRECISION)  # (c, d_k)
+    dk_ -= dw_s + dot(by_write + by_write.T, k_, PRECISION)
+    tl.store(dk + at, dk_, t[:, None] < length)
+    came -= tl.sum(dw_s * k_, axis=1)
+
+    through += tl.sum(tl.where(i[:, None] <= i[None, :], came[None, :], 0.0), axis=1)
+    spanning = tl.cumsum(tl.where(earlier, pairs, 0.0), 0, reverse=True)  # (t, i): from token i to t or after
+    through += tl.sum(tl.where(earlier, spanning, 0.0), axis=1)
+    tl.store(da + t * heads, through, t < length)
+
+
+@triton.jit
+def dot(x, y, PRECISION: tl.constexpr):
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def channels(x, t, next, channel, length):
+    """Load some channels of a chunk's tokens, (c, channels); zeros past the window's end."""
+    return tl.load(x + t[:, None] * next + channel[None, :], t[:, None] < length, 0.0)
+
+
+@triton.jit
+def decays(a, t, next, length, C: tl.constexpr):
+    """Return how much of a write by token i is left at token t, (t, i); of S before the chunk, and at its end, (c,)."""
+    i = tl.arange(0, C)
+    a_ = tl.load(a + t * next, t < length, 1.0)  # past the end nothing is forgotten
+    passed = tl.cumprod(tl.where(i[:, None] > i[None, :], a_[:, None], 1.0), axis=0)
+    decay = tl.where(i[:, None] >= i[None, :], passed, 0.0)
+    return decay, tl.cumprod(a_, axis=0), tl.sum(tl.where(i[:, None] == C - 1, decay, 0.0), axis=0)
+
+
+@triton.jit
+def system(k, b, decay, tokens, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (k_t . k_i) decay for i < t, and the inverse of the system that gives w, I + that times b_i; both (c, c)."""
+    i = tl.arange(0, C)
+    alike = tl.where(i[:, None] > i[None, :], dot(k, k.T, PRECISION) * decay, 0.0)
+    lower = alike * b[None, :]
+    inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for t in range(1, tokens):
+        row = tl.sum(tl.where(i[:, None] == t, lower, 0.0), axis=0)  # (c,)
+        inverse -= tl.where(i[:, None] == t, tl.sum(row[:, None] * inverse, axis=0)[None, :], 0.0)
+    return alike, inverse
+
+
+@triton.jit
+def last(x, C: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, C) == C - 1, x, 0.0))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, *found: Tensor) -> None:
+    """Compute o, w and S after the last token into ``found``."""
+    inputs, strides = zip(*map(rows_of_tokens, (q, k, v, a, b)), strict=True)
+    grid, sizes = programs(q, v)
+    forward_kernel[grid](*inputs, S.contiguous(), *found, q.shape[2], q.shape[1], *strides, **sizes)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    S: Tensor,
+    w: Tensor,
+    do: Tensor,
+    dS_end: Tensor,
+    *found: Tensor,
+) -> None:
+    """Compute the six gradients into ``found``."""
+    (q, k, a, b, do), strides = zip(*map(rows_of_tokens, (q, k, a, b, do)), strict=True)
+    grid, sizes = programs(q, v)
+    dq, dk, dv, da, db, dS = found
+    summed = (dq, dk, da, db)
+    # A sum over the rows of S is the sum of every program's share.
+    shares = [x if grid[1] == 1 else x.new_empty(grid[1], *x.transpose(1, 2).shape) for x in summed]
+    chunks = -(-q.shape[2] // sizes["C"])
+    kept = S.new_empty(grid[0], 2, chunks, *S.shape[2:])
+    shape = (q.shape[2], q.shape[1], *strides)
+    writes_kernel[grid](
+        q, k, a, b, S.contiguous(), w, do, dS_end.contiguous(), dv, shares[3], dS, kept, *shape, **sizes
+    )
+    inputs_kernel[(*grid, chunks)](q, k, a, b, w, do, dv, kept, *shares[:3], *shape, **sizes)
+    if grid[1] > 1:
+        for whole, share in zip(summed, shares, strict=True):
+            torch.sum(share, 0, out=whole.transpose(1, 2))
+
+
+def programs(q: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
+    """Return the grid, one program for each sequence, head and part of S's rows, and what a kernel is made for."""
+    d_k, d_v = q.shape[-1], v.shape[-1]
+    rows = min(ROWS, d_v & -d_v)
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    sizes = {
+        "D_K": d_k,
+        "D_V": d_v,
+        "ROWS": rows,
+        "C": CHUNK,
+        "PRECISION": precision,
+        "num_warps": WARPS,
+        "num_stages": 1,
+    }
+    return (q.shape[0] * q.shape[1], d_v // rows), sizes
+
+
+def rows_of_tokens(x: Tensor) -> tuple[Tensor, int]:
+    """Return x (b, h, l, ...) so laid out that a token's channels, of all heads, are one row; and from row to row."""
+    batch, heads, length, *channels = x.shape
+    size = channels[0] if channels else 1
+    next = x.stride(2) if length > 1 else x.stride(0)
+    dense = x.stride(1) == size and (batch == 1 or x.stride(0) == length * next) and (not channels or x.stride(3) == 1)
+    return (x, next) if dense else (x.transpose(1, 2).contiguous().transpose(1, 2), heads * size)
