@@ -1,4 +1,4 @@
-"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench | export-live``.
+"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench``.
 
 Wrong input gives one line on stderr and exit code 2, a run that is not reproduced, or that scores differently on other
 examples, exit code 1; an interrupted training run resumes with the same command.
@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from sleepedu import checks, files
+from sleepedu import checks, storage
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
-from sleepedu.lab import benchmark, experiments, probes, reproduction, run_store
+from sleepedu.lab import benchmark, experiments, probes, run_store
 from sleepedu.lab import results as tables
-from sleepedu.pictures import live_model
 from sleepedu.progress import ProgressBar
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -29,14 +28,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu or cuda"},
     "--examples": {"type": int, "default": 2000, "help": "to measure on, at every depth"},
     "--json": {"action": "store_true", "help": "for a program to read"},
-    "--markdown": {"action": "store_true", "help": "as on the book's page of results"},
     "--only": {"nargs": "+", "default": list(benchmark.PARTS), "choices": list(benchmark.PARTS), "help": "parts of it"},
     "--quiet": {"action": "store_true", "help": "show no progress"},
     "--recompute": {"action": "store_true", "help": "much less memory for about a third more time"},
     "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
     "--seed": {"type": int, "help": "of the examples; another than the run's own"},
     "--threads": {"type": int, "default": 1, "help": "of the CPU; more are slower on a busy machine"},
-    "--to": {"type": Path, "default": live_model.FOLDER, "help": f"folder to write to, instead of {live_model.FOLDER}"},
 }
 
 
@@ -57,9 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConnectionError:  # another rank has failed, and says why
         return 2
     except (ValueError, FloatingPointError) as error:
-        return _fail(files.first_line(error))
+        return _fail(storage.first_line(error))
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        return _fail(files.first_line(error), on_every_rank=True)
+        return _fail(storage.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from the last checkpoint")
         return 130
@@ -87,16 +84,15 @@ def evaluate(options: argparse.Namespace) -> int:
     comparisons = sum(len(run.table) for run in runs)
     measured, apart = [], 0
     for run in runs:
-        task, model, passes = run.make_task(), run.load_model(options.device), run.experiment.passes
-        table = accuracy_by_depth(model, task, passes, options.examples, options.seed)
+        model, passes = run.load_model(options.device), run.experiment.passes
+        table = accuracy_by_depth(model, run.make_task(), passes, options.examples, options.seed)
         differs = differing(table, run.table, comparisons)
         apart += len(differs)
-        again = {"seed_of_examples": options.seed, "depths": run_store.plain_table(table), "differs": differs}
-        measured.append({**run.row(), "stored": run_store.plain_table(run.table), **again})
-        if not options.json:
-            beside = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}
-            shown = [{task.depth_name: depth, **asdict(a), **beside[depth]} for depth, a in table.items()]
-            print(run.name, *tables.aligned(shown), sep="\n", flush=True)
+        if options.json:
+            row, again = run.row(), {"depths": run_store.plain_table(table), "differs": differs}
+            measured.append({**row, "seed_of_examples": options.seed, "stored": row["depths"], **again})
+        else:
+            print(run.name, *tables.beside_stored(table, run, differs), sep="\n", flush=True)
     if options.json:
         print(json.dumps(measured, indent=1))
     else:
@@ -110,7 +106,7 @@ def probe(options: argparse.Namespace) -> None:
     runs = [run_store.load_run(run) for run in options.run]  # all of them are looked for before one is probed
     found = [probes.probe_run(run, settings, options.runs) for run in runs]
     if options.json:
-        print(f"[{','.join(one.json() for one in found)}]")
+        print(json.dumps([asdict(one) for one in found], indent=1))
         return
     for one in found:
         print(f"{one.run}, examples: {', '.join(f'{count:,} to {part}' for part, count in one.examples.items())}")
@@ -122,19 +118,17 @@ def probe(options: argparse.Namespace) -> None:
 
 def results(options: argparse.Namespace) -> None:
     runs = run_store.stored_runs(options.runs)
-    if options.json and options.markdown:
-        raise ValueError("--json and --markdown are two forms of the table: take one")
     if options.json:
         print(json.dumps([run.row() for run in runs], indent=1))
     else:
-        print(tables.markdown(runs) if options.markdown else "\n".join(tables.lines(runs)))
+        print("\n".join(tables.lines(runs)))
 
 
 def reproduce(options: argparse.Namespace) -> int:
     watch = None if options.quiet else ProgressBar()
-    done = reproduction.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
-    print("\n".join(done.lines))
-    return 0 if done.reproduced else 1
+    lines, reproduced = experiments.reproduce(run_store.load_run(options.run[0]), options.runs, watch)
+    print("\n".join(lines))
+    return 0 if reproduced else 1
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -148,12 +142,6 @@ def bench(options: argparse.Namespace) -> None:
     else:
         print(figures["machine"]["processor"], figures["machine"]["threads"], "threads; milliseconds (median)")
         print(*("\n".join(["", part, *tables.aligned(figures[part])]) for part in options.only), sep="\n")
-
-
-def export_live(options: argparse.Namespace) -> None:
-    runs = [run_store.load_run(options.runs / name) for name in live_model.RUNS]
-    for path in live_model.export(runs, options.to):
-        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def _fail(message: str, on_every_rank: bool = False) -> int:
@@ -179,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(function: Callable, what: str, *names: str, run: Any = 0, settings: Any = None, **defaults: Any) -> None:
         """Add a command with these arguments, how many runs it takes and every field of a class of settings."""
-        command = commands.add_parser(function.__name__.replace("_", "-"), help=what)
+        command = commands.add_parser(function.__name__, help=what)
         if run:
             command.add_argument("run", nargs=run, help="a run's name or folder")
         for name in names:
@@ -198,10 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *here, run="*", seed=7)
     probed = ("--runs", "--json", "--threads")
     add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **own)
-    add(results, "all stored runs in one table", "--runs", "--json", "--markdown")
+    add(results, "all stored runs in one table", "--runs", "--json")
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
     add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
-    add(export_live, "write the models of the book's first page", "--runs", "--to", runs=run_store.COMMITTED)
     return parser
 
 

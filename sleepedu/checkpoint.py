@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.tasks.base import Task
 from sleepedu.training import TrainConfig, TrainingState, rank_and_ranks
 
@@ -42,7 +42,7 @@ class Checkpoint:
         check_settings(task)
         settings = {"task": asdict(task), "model": asdict(state.model.config), "train": asdict(config)}
         self._settings = json.dumps(settings | {"name": task.name}, sort_keys=True)
-        lock: AbstractContextManager = files.sole_use(self.path.parent) if rank == 0 else nullcontext()
+        lock: AbstractContextManager = storage.sole_use(self.path.parent) if rank == 0 else nullcontext()
         signals: AbstractContextManager[list[int]] = held_signals() if ranks == 1 else nullcontext([])
         with lock, signals as self._signals:
             self._load(state)
@@ -57,21 +57,15 @@ class Checkpoint:
             dist.broadcast_object_list(content)
         if content[0] is None:
             return
-        try:
-            stored = files.unpack(content[0])
-            other = stored["settings"] != self._settings
-            if not other:
-                for name, part in stateful(state).items():
-                    part.load_state_dict(stored[name])
-                vars(state.history).update(stored["history"])
-                vars(state).update({name: stored[name] for name in PLAIN})
-                state.sums = state.sums.to(state.model.head.weight.device)
-        except Exception as error:  # torch raises whatever broken bytes lead it to
-            raise ValueError(
-                f"{self.path} is not a whole checkpoint ({files.first_line(error)}): delete it to start anew"
-            ) from error
-        if other:
-            raise ValueError(f"{self.path} is of a run with other settings: delete it or use another directory")
+        with storage.reading(self.path):
+            stored = storage.unpack(content[0])
+            if stored["settings"] != self._settings:
+                raise ValueError("it is of a run with other settings")
+            for name, part in stateful(state).items():
+                part.load_state_dict(stored[name])
+            vars(state.history).update(stored["history"])
+            vars(state).update({name: stored[name] for name in PLAIN})
+            state.sums = state.sums.to(state.model.head.weight.device)
 
     def save_when_due(self, state: TrainingState, config: TrainConfig) -> None:
         """Save after a while, and when a signal is held back, which is then delivered."""
@@ -84,7 +78,7 @@ class Checkpoint:
             content |= {name: part.state_dict() for name, part in stateful(state).items()}
             content |= {name: getattr(state, name) for name in PLAIN}
             try:
-                files.write(self.path, files.pack(content))
+                storage.write(self.path, storage.pack(content))
             except OSError as error:
                 warnings.warn(f"{error}; training goes on and tries again", stacklevel=3)
             self._saved = time.perf_counter()
@@ -105,10 +99,8 @@ def check_settings(task: Task) -> None:
         try:
             json.dumps(value)
         except TypeError:
-            kind = type(value).__name__
-            raise ValueError(
-                f"{name} of the task is a {kind}, which cannot be stored: use numbers, words, tuples"
-            ) from None
+            told = f"{name} of the task is a {type(value).__name__}, which cannot be stored: use numbers, words, tuples"
+            raise ValueError(told) from None
 
 
 @contextmanager

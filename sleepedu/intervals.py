@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts take half a second to load, which they do when they are first used
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 
@@ -39,30 +40,19 @@ def wilson_interval(share: float, n: int, z: float = Z95) -> tuple[float, float]
     return min(share, max(0.0, (centre - reach) / scale)), max(share, min(1.0, (centre + reach) / scale))
 
 
-def differ(one: Accuracy, other: Accuracy, comparisons: int = 1) -> bool:
-    """Return whether two accuracies, measured on independent examples, are further apart than chance explains.
-
-    That is, whether Newcombe's interval for their difference leaves out 0, at 95% for so many comparisons together.
-    """
-    from scipy.special import ndtri  # in here, as SciPy takes a while to load
-
-    z = ndtri(1 - 0.05 / (2 * comparisons))
-    more, less = (one, other) if one.accuracy >= other.accuracy else (other, one)
-    low, _ = wilson_interval(more.accuracy, more.n, z)
-    _, high = wilson_interval(less.accuracy, less.n, z)
-    return more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy)
-
-
 def differing(one: Table, other: Table, comparisons: int) -> list[int]:
-    """Return the depths at which two tables of the same depths ``differ``, for as many comparisons."""
-    return [depth for depth, accuracy in one.items() if differ(accuracy, other[depth], comparisons)]
+    """Return the depths at which tables measured on independent examples are further apart than chance explains.
 
-
-def student_reach(n: int) -> float:
-    """Return how many standard errors Student's 95% interval reaches to each side of a mean of n numbers."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(n - 1, 0.975))
+    That is, where Newcombe's interval for the difference leaves out 0, at 95% for so many comparisons together.
+    """
+    z = scipy.special.ndtri(1 - 0.05 / (2 * comparisons))
+    found = []
+    for depth in one:
+        less, more = sorted((one[depth], other[depth]), key=lambda a: a.accuracy)
+        low, high = wilson_interval(more.accuracy, more.n, z)[0], wilson_interval(less.accuracy, less.n, z)[1]
+        if more.accuracy - less.accuracy > math.hypot(more.accuracy - low, high - less.accuracy):
+            found.append(depth)
+    return found
 
 
 def across_seeds(tables: list[Table]) -> Table:
@@ -77,7 +67,8 @@ def across_seeds(tables: list[Table]) -> Table:
     together = {}
     for depth in tables[0]:
         shares = np.array([table[depth].accuracy for table in tables])
-        mean, reach = shares.mean().item(), student_reach(len(shares)) * shares.std(ddof=1).item() / len(shares) ** 0.5
+        mean, error = shares.mean().item(), shares.std(ddof=1).item() / len(shares) ** 0.5
+        reach = float(scipy.special.stdtrit(len(shares) - 1, 0.975)) * error
         majority = sum(table[depth].majority for table in tables) / len(tables)
         together[depth] = Accuracy(mean, max(0.0, mean - reach), min(1.0, mean + reach), len(tables), majority)
     return together

@@ -1,6 +1,5 @@
 """Streaming use of a sleeping model: read a text of any length in pieces of any size, and ask."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -53,6 +52,7 @@ class Session:
     def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:
         """Read tokens (batch, n), sleeping whenever the window is full; return their logits (batch, n, V), if wanted.
 
+        A long text is read fastest in pieces of many windows each; without logits that takes the memory of one window.
         Raises ValueError for another batch size or tokens outside the vocabulary; nothing has been read then.
         """
         self._check(tokens)
@@ -76,33 +76,6 @@ class Session:
         if not logits:
             return None
         return torch.cat(answers, dim=1) if answers else self.model.out(self.model.embed(tokens))
-
-    def read_stream(self, pieces: Iterable[Tensor]) -> int:
-        """Read a text that need not fit into memory, any iterable of pieces (batch, n); return how many tokens it had.
-
-        The same as ``read(piece, logits=False)`` for one after the other, but at its best speed for pieces of any
-        size, and they may be on the CPU wherever the model is. For a progress bar, hand it ``tqdm(pieces)``.
-        Raises ValueError as ``read`` does, and whatever the iterable raises; the pieces before have been read then.
-        """
-        before = self.tokens_read
-        for part in self._windowfuls(pieces):
-            self.read(part, logits=False)
-        return self.tokens_read - before
-
-    def _windowfuls(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Join and cut pieces, so that each fills the window: one long pass is much faster than many short ones."""
-        waiting = torch.empty(self.batch, 0, dtype=torch.long, device=self.model.head.weight.device)
-        try:
-            for piece in pieces:
-                self._check(piece)
-                waiting = torch.cat((waiting, piece.to(waiting.device)), dim=1)
-                while waiting.shape[1] >= self.room:
-                    part, waiting = waiting[:, : self.room], waiting[:, self.room :]
-                    yield part
-        except Exception:
-            yield waiting  # what came before the error
-            raise
-        yield waiting
 
     @torch.no_grad()
     def sleep(self) -> None:

@@ -1,8 +1,8 @@
 """What the tests share: one thread, no display, small models whose every parameter matters, one tiny stored run."""
 
-import campaigns
 import matplotlib
 import pytest
+import soak
 import torch
 
 from sleepedu.lab import experiments, run_store
@@ -40,5 +40,5 @@ def tiny_run(tiny_experiment, tmp_path_factory) -> run_store.Run:
 
 
 def pytest_terminal_summary(terminalreporter):
-    for what, number in sorted(campaigns.COUNTS.items()):
+    for what, number in sorted(soak.COUNTS.items()):
         terminalreporter.write_line(f"{number:6,} {what}")

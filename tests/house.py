@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "sleepedu"
 FLOORS = (  # from the ground up; the rooms of one floor know nothing of each other
-    "checks files tasks/padding _version",
+    "checks storage _version",
     "intervals",
     "tasks/random_streams",
     "tasks/base",
@@ -30,12 +30,13 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "training evaluation session trace",
     "checkpoint progress",
     "pictures/explorer pictures/figures",
-    "pictures/episodes pictures/live_model",
+    "pictures/examples",
     "pictures/__init__",
     "lab/recipes",
     "lab/run_store",
+    "lab/results",
     "lab/experiments",
-    "lab/benchmark lab/probes lab/reproduction lab/results",
+    "lab/benchmark lab/probes",
     "lab/__init__",
     "__init__",
     "__main__",
@@ -46,7 +47,7 @@ ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", 
 FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
-LIMITS = {"core": 1050, "total": 4750}  # lines
+LIMITS = {"core": 1050, "total": 4700}  # lines
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sleepedu import checkpoint, files
+from sleepedu import checkpoint, storage
 from sleepedu.__main__ import main
 from sleepedu.lab import run_store
 
@@ -73,7 +73,7 @@ def check_files(path: Path) -> None:
     """Assert that whatever stands under its final name is whole."""
     for file in (path / "checkpoint.pt", path / "weights.pt"):
         if file.exists():
-            files.unpack(file.read_bytes())
+            storage.unpack(file.read_bytes())
     if (path / "run.json").exists():
         run_store.load_run(path)
 

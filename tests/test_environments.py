@@ -6,8 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-import campaigns
 import pytest
+import soak
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = ROOT / "tests" / "environments"
@@ -50,11 +50,11 @@ def test_colabs_versions_are_whole_and_inside_the_bounds(ranges):
     assert listed("widgets7")["ipywidgets"] == colab["ipywidgets"]
 
 
-@pytest.mark.skipif(not campaigns.SOAK, reason="an hour: make soak, or make environments")
+@pytest.mark.skipif(not soak.SOAK, reason="an hour: make soak, or make environments")
 def test_all_tests_and_chapters_pass_with_other_versions(capfd):
     done = subprocess.run([sys.executable, LISTS / "campaign.py"], cwd=ROOT)
     shown = capfd.readouterr().out
     lines = [line for line in shown.splitlines() if re.match(r"\w+ *: tests ", line)]
     for line in lines:
-        campaigns.COUNTS[f"list of versions: {line}"] += 1
+        soak.COUNTS[f"list of versions: {line}"] += 1
     assert done.returncode == 0 and len(lines) == 3, shown

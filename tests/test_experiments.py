@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from campaigns import COUNTS, size
+from soak import COUNTS, size
 
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
@@ -161,7 +161,6 @@ def test_wrong_experiments_are_named(settings, message):
 def test_a_finished_run_is_whole(tiny_run, tiny_experiment):
     assert sorted(file.name for file in tiny_run.path.iterdir()) == ["run.json", "weights.pt"]
     stored = json.loads((tiny_run.path / "run.json").read_text())
-    assert stored["fingerprint"] == run_store.json_checksum(tiny_experiment.settings)[:16]
     assert stored["version"] == run_store.VERSION
     assert tiny_run.name == tiny_experiment.name == "graph-smoke-sleep-N2-4steps-seed0"
     assert tiny_run.experiment == tiny_experiment
@@ -251,7 +250,7 @@ def test_a_run_of_another_version_is_refused(copy_of_run):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe\x00", b'{"table": 1}'], ids=repr)
 def test_a_broken_run_is_refused(content, copy_of_run):
     (copy_of_run / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run.json is broken"):
+    with pytest.raises(ValueError, match=r"run.json cannot be used \(\w+Error: "):
         load_run(copy_of_run)
 
 
@@ -260,7 +259,7 @@ def test_a_run_without_one_of_its_parts_is_refused(part, copy_of_run):
     stored = json.loads((copy_of_run / "run.json").read_text())
     del stored[part]
     (copy_of_run / "run.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"run.json was changed: it does not have the checksum it states"):
+    with pytest.raises(ValueError, match=r"run.json cannot be used .*changed: it does not have the checksum it states"):
         load_run(copy_of_run)
 
 

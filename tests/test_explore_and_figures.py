@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 
@@ -16,10 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sleepedu.intervals import Accuracy
-from sleepedu.pictures import figures
+from sleepedu.pictures import draw_episode, figures
 from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_png
-from sleepedu.sleep_loop import sleep
-from sleepedu.trace import SleepTrace
+from sleepedu.tasks import CellularAutomaton
 from sleepedu.training import History
 
 
@@ -351,14 +349,13 @@ def test_every_N_has_one_colour_everywhere():
     assert curve(two, "N=2, inject").get_color() != curve(two, "N=4, inject").get_color()
 
 
-@pytest.mark.parametrize("value, y", [("loss", [2.0, 1.0]), ("accuracy", [0.1, 0.6])], ids=str)
-def test_learning_curves(value, y):
+def test_learning_curves():
     history = History([10, 20], [2.0, 1.0], [0.1, 0.6], majority_loss=1.79)
-    figure = figures.learning_curves({"N=2": [history, history]}, value)
+    figure = figures.learning_curves({"N=2": [history, history]})
     line = curve(figure, "N=2")
-    assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == y
+    assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == [2.0, 1.0]
     constants = [line for line in figure.axes[0].lines if line.get_label() == "best constant answer"]
-    assert [list(line.get_ydata()) for line in constants] == ([[1.79, 1.79]] if value == "loss" else [])
+    assert [list(line.get_ydata()) for line in constants] == [[1.79, 1.79]]
 
 
 @pytest.mark.parametrize(
@@ -367,9 +364,6 @@ def test_learning_curves(value, y):
         (lambda: figures.accuracy_by_depth({}, "k"), "there is nothing to draw: tables is empty"),
         (lambda: figures.learning_curves({}), "there is nothing to draw: histories is empty"),
         (lambda: figures.learning_curves({"N=1": []}), "there is nothing to draw: histories is empty"),
-        (lambda: figures.pass_changes({}), "there is nothing to draw: changes is empty"),
-        (lambda: figures.shares({}, (1, 2), "k"), "there is nothing to draw: panels is empty"),
-        (lambda: figures.learning_curves({}, value="joy"), "value 'joy' is unknown: use loss or accuracy"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, message):
@@ -384,52 +378,21 @@ def test_lines_have_a_colour_each_and_their_axes_names():
     assert curve(figure, "a").get_color() != curve(figure, "b").get_color()
 
 
-@pytest.mark.parametrize(
-    "answer, title",
-    [(None, "2 hops after A: D"), (3, "the model says D (right)"), (1, "the model says B (wrong)")],
-)
-def test_ring_says_what_was_asked_and_answered(answer, title):
-    figure = figures.ring([2, 0, 3, 1, -1], ["A", "B", "C", "D", "E"], [0, 2, 3], answer)
-    assert title in figure.axes[0].get_title(loc="left") + figure.axes[0].get_title()
-    names = {text.get_text() for text in figure.axes[0].texts}
-    assert {"A", "B", "C", "D"} <= names and "E" not in names
-
-
-@pytest.mark.parametrize(
-    "given, label", [(None, "asked, t = 1"), ([1, 1], "the model: all right"), ([0, 1], "the model: 1 wrong")]
-)
-def test_space_time_says_what_was_asked_and_answered(given, label):
-    figure = figures.space_time([[1, 0, 1], [1, 0, 1]], [0, 2], given)
-    assert label in [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert len(figure.axes[0].patches) == 6 + len(given or ())
-
-
-def test_fast_weights_and_their_changes_are_those_of_the_trace(make_model):
-    trace = SleepTrace()
-    with torch.no_grad():
-        sleep(make_model("ag"), torch.arange(8).view(1, 8), passes=3, trace=trace)
-    figure = figures.fast_weights(trace.stack()[1:, 0, 0])
-    pictures = [axes.images[0].get_array() for axes in figure.axes]
-    assert len(pictures) == 2 * 3
-    for i, picture in enumerate(pictures):
-        head, n = divmod(i, 3)
-        numpy.testing.assert_array_equal(picture, trace.S[0][n + 1][0][0, head].numpy())
-    assert len({axes.images[0].get_clim() for axes in figure.axes}) == 1, "one colour scale"
-    changes = trace.changes()[:, 0]
-    line = curve(figures.pass_changes({"N=3": changes}), "N=3")
-    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == changes.tolist()
-
-
-def test_shares_are_written_into_their_cells():
-    panels = {"ours": {"pass 1": [1.0, 0.25], "pass 2": [math.nan, 0.5]}, "theirs": {"": [0.1, 0.2]}}
-    figure = figures.shares(panels, (1, 2), "hops k", floor=0.25)
-    ours, theirs = figure.axes[:2]
-    assert [text.get_text() for text in ours.texts] == ["100", "25", "50"], "nothing where there is no share"
-    assert [label.get_text() for label in ours.get_yticklabels()] == ["pass 1", "pass 2"]
-    assert [text.get_color() for text in ours.texts][:2] == ["white", figures.INK], "legible on dark and on light"
-    assert theirs.get_title(loc="left") == "theirs" and theirs.get_xlabel() == "hops k"
-    below = figures.shares(panels, range(8), "steps t").axes
-    assert below[0].get_position().y0 > below[1].get_position().y1, "many columns stand below each other"
+@pytest.mark.parametrize("ask, asked", [("every", 3), ("first", 1)])
+def test_the_automaton_says_what_was_asked_and_answered(ask, asked):
+    task = CellularAutomaton(cells=3, steps=(1,), ask=ask)
+    episode = task.sample(1, torch.Generator().manual_seed(0))
+    right = episode.targets[0]
+    wrong = right.clone()
+    wrong[0] = 1 - right[0]
+    for answers, label in ((None, "asked, t = 1"), (right, "the model: all right"), (wrong, "the model: 1 wrong")):
+        (axes,) = draw_episode(task, episode, 0, answers).axes
+        assert label in [text.get_text() for text in axes.get_yticklabels()]
+        diagram = axes.collections[0].get_array()
+        assert diagram.shape == (2, 3) and diagram[1, :asked].tolist() == right.tolist()
+        dark = [patch.get_facecolor()[:3] != (1, 1, 1) for patch in axes.patches[asked:]]
+        assert dark == ([] if answers is None else answers.bool().tolist())
+        assert [text.get_text() for text in axes.texts] == ["×"] * (answers is wrong)
 
 
 def test_a_figure_that_fails_is_closed_too():
@@ -448,9 +411,3 @@ def test_the_style_stays_in_the_figure():
         assert axes.shape == (2, 2)
     assert dict(plt.rcParams) == before
     assert figure.get_size_inches().tolist() == [6.4, 3.8]
-
-
-def test_three_panels_of_shares_leave_the_fourth_place_empty():
-    panels = {title: {"a row": [0.25, 0.5]} for title in "ABC"}
-    figure = figures.shares(panels, (1, 2), "pass")
-    assert [axes.axison for axes in figure.axes] == [True, True, True, False]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from campaigns import COUNTS, size
+from soak import COUNTS, size
 
-from sleepedu import checkpoint, files
+from sleepedu import checkpoint, storage
 from sleepedu.__main__ import main
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.lab import experiments, run_store
@@ -181,7 +181,9 @@ def test_every_number_of_a_run_is_under_its_checksum(copy_of_run, tiny_run):
     numbers = (tiny_run.table[2].accuracy, tiny_run.history.loss[1], tiny_run.provenance["seconds"])
     for number in (*numbers, tiny_run.settings["train"]["adam_learning_rate"]):
         (copy_of_run / "run.json").write_text(text.replace(str(number), str(number + 0.001), 1))
-        with pytest.raises(ValueError, match=r"run.json was changed: it does not have the checksum it states"):
+        with pytest.raises(
+            ValueError, match=r"run.json cannot be used .*changed: it does not have the checksum it states"
+        ):
             load_run(copy_of_run)
 
 
@@ -198,24 +200,24 @@ def test_a_run_of_settings_that_this_library_does_not_know_is_refused(copy_of_ru
     stored["settings"]["model"]["dreams"] = 3
     stored["checksum"] = run_store.json_checksum(stored)
     (copy_of_run / "run.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"run.json is broken \(TypeError: .*dreams"):
+    with pytest.raises(ValueError, match=r"run.json cannot be used \(TypeError: .*dreams"):
         load_run(copy_of_run)
 
 
 def test_a_full_disk_at_the_end_is_one_line_and_the_checkpoint_stays(tmp_path, capsys, monkeypatch):
     command = f"train graph --size smoke --steps 3 --examples 5 --quiet --runs {tmp_path}".split()
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
-    write = files.write
+    write = storage.write
 
     def full(path, content):
         if path.name == "weights.pt":
             raise OSError(f"{path} could not be written (No space left on device); what stood there stays")
         write(path, content)
 
-    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(storage, "write", full)
     assert main(command) == 2
     assert "weights.pt could not be written (No space left on device)" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert [file.name for file in folder.iterdir()] == [Checkpoint.FILE]
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(storage, "write", write)
     assert main(command) == 0

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaigns import COUNTS, size
+from soak import COUNTS, size
 
-from sleepedu import checkpoint, files, training
+from sleepedu import checkpoint, storage, training
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.training import TrainConfig, begin_training, train
@@ -108,8 +108,8 @@ def test_who_handles_the_signal_may_go_on(make_model, tmp_path):
 
 
 def test_the_second_process_in_a_folder_is_refused_and_the_first_goes_on(make_model, tmp_path):
-    first = "import sys, pathlib\nfrom sleepedu import files\n"
-    first += "with files.sole_use(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()\n"
+    first = "import sys, pathlib\nfrom sleepedu import storage\n"
+    first += "with storage.sole_use(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()\n"
     folder = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", first, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -130,12 +130,12 @@ def test_a_folder_is_for_one_thread_and_that_may_ask_twice(tmp_path):
 
     def ask():
         try:
-            with files.sole_use(tmp_path):
+            with storage.sole_use(tmp_path):
                 pass
         except BlockingIOError:
             refused.append(True)
 
-    with files.sole_use(tmp_path), files.sole_use(tmp_path / "." / ""):
+    with storage.sole_use(tmp_path), storage.sole_use(tmp_path / "." / ""):
         other = threading.Thread(target=ask)
         other.start()
         other.join()
@@ -174,10 +174,10 @@ def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monke
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
     file = tmp_path / Checkpoint.FILE
-    state = files.unpack(file.read_bytes())
+    state = storage.unpack(file.read_bytes())
     state["model"]["head.weight"] = state["model"]["head.weight"][:, 1:]
-    files.write(file, files.pack(state))
-    with pytest.raises(ValueError, match=f"{file} is not a whole checkpoint .*: delete it to start anew"):
+    storage.write(file, storage.pack(state))
+    with pytest.raises(ValueError, match=f"{file} cannot be used .*: delete it"):
         train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_where_there_are_no_locks_training_goes_on_without(make_model, tmp_path,
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    monkeypatch.setattr(storage.FileLock, "acquire", refuse)
     assert train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path)).step[-1] == CONFIG.steps
 
 

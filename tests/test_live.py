@@ -1,18 +1,44 @@
 """The exported models: up to date with their runs, small, rounded without harm. The browser's part is in test_pages."""
 
+import base64
+import json
 import re
 import shutil
 from pathlib import Path
 
+import live_model as live
 import pytest
 import torch
 
-from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.lab.run_store import COMMITTED, Run, load_run
-from sleepedu.pictures import live_model as live
+from sleepedu.model import ModelConfig, SleepLM
 
 FOLDER = Path(__file__).resolve().parent.parent / "book" / "_extra" / "live"
+
+
+def unpack(packed) -> torch.Tensor:
+    """Return what ``pack_weights`` made this from, a matrix as it was rounded; a list has its rows."""
+    if isinstance(packed, list):
+        return torch.cat([unpack(part) for part in packed])
+    if "numbers" in packed:
+        return torch.frombuffer(bytearray(base64.b64decode(packed["numbers"])), dtype=torch.float32)
+    base, value = len(live.DIGITS), {code: digit for digit, code in enumerate(live.DIGITS.tolist())}
+    digits = torch.tensor([value[code] for code in packed["levels"].encode()])
+    digits = digits.view(-1, packed["columns"], packed["characters"])
+    places = base ** torch.arange(packed["characters"]).flip(0)
+    levels = (digits * places).sum(dim=-1) - base ** packed["characters"] // 2
+    return levels * torch.frombuffer(bytearray(base64.b64decode(packed["scales"])), dtype=torch.float32)[:, None]
+
+
+def read_models(text: str) -> dict[int, SleepLM]:
+    """Return the rounded model for every N in the text of a weights.js."""
+    data = json.loads(text[text.index("{") :].rstrip(";\n"))
+    models = {}
+    for passes, stored in data["models"].items():
+        model = models[int(passes)] = SleepLM(ModelConfig(**data["config"])).eval()
+        model.load_state_dict({name: unpack(packed) for name, packed in stored["weights"].items()})
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +48,11 @@ def runs() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def models():
-    return live.read_models((FOLDER / "weights.js").read_text())
+    return read_models((FOLDER / "weights.js").read_text())
 
 
 def test_the_committed_weights_are_those_of_the_runs(runs):
-    again = "write them again: python -m sleepedu export-live"
+    again = "write them again: python book/live_model.py"
     assert (FOLDER / "weights.js").read_text() == live.script(runs), again
     assert [run.settings["train"]["passes"] for run in runs] == list(live.PASSES), "each N has a model of its own"
 
@@ -52,20 +78,20 @@ def test_a_matrix_is_rounded_to_half_a_level_of_its_row(characters, levels):
     matrix[7] = 0
     packed = live.pack_weights(matrix, characters)
     assert set(packed["levels"]) <= {chr(code) for code in range(35, 127)} - {"\\"}, "nothing in it needs escaping"
-    error = (live.unpack_weights(packed) - matrix).abs().amax(dim=1)
+    error = (unpack(packed) - matrix).abs().amax(dim=1)
     assert (error <= matrix.abs().amax(dim=1) / (levels - 1) * 1.001).all()
-    assert torch.equal(live.unpack_weights(packed)[7], torch.zeros(64))
+    assert torch.equal(unpack(packed)[7], torch.zeros(64))
 
 
 @pytest.mark.parametrize("characters, most", [(1, 45), (2, 4140)])
 def test_every_level_comes_back(characters, most):
     levels = torch.arange(-most, most + 1, dtype=torch.float32)[None]
-    assert torch.equal(live.unpack_weights(live.pack_weights(levels, characters)), levels)
+    assert torch.equal(unpack(live.pack_weights(levels, characters)), levels)
 
 
 def test_a_vector_is_not_rounded():
     vector = torch.randn(64)
-    assert torch.equal(live.unpack_weights(live.pack_weights(vector)), vector)
+    assert torch.equal(unpack(live.pack_weights(vector)), vector)
 
 
 def test_a_question_is_asked_as_the_task_asks_it(runs, models):
@@ -91,8 +117,8 @@ def test_the_first_page_tells_the_runs_numbers(runs):
     assert last[1].accuracy == last[3].accuracy == 1 and "right about both in all of them" in text
 
 
-def test_export_live_writes_weights_and_picture(tmp_path, capsys):
-    assert main(["export-live", "--to", str(tmp_path / "live")]) == 0
+def test_the_script_writes_weights_and_picture(tmp_path, capsys):
+    live.main(["--to", str(tmp_path / "live")])
     assert re.findall(r"([a-z]+\.[a-z]+): [\d,]+ bytes", capsys.readouterr().out) == ["weights.js", "still.png"]
     assert (tmp_path / "live" / "weights.js").read_bytes() == (FOLDER / "weights.js").read_bytes()
     assert (tmp_path / "live" / "still.png").read_bytes().startswith(b"\x89PNG")  # its bytes are matplotlib's version's
@@ -107,7 +133,11 @@ def test_missing_weights_are_one_line_and_nothing_is_written(tmp_path, capsys):
     for name in live.RUNS:
         shutil.copytree(COMMITTED / name, tmp_path / "runs" / name)
     (tmp_path / "runs" / name / "weights.pt").unlink()
-    assert main(["export-live", "--runs", str(tmp_path / "runs"), "--to", str(tmp_path / "live")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        live.main(["--runs", str(tmp_path / "runs"), "--to", str(tmp_path / "live")])
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "weights.pt is missing" in error
     assert not (tmp_path / "live").exists()
+    with pytest.raises(SystemExit, match="2"):
+        live.main(["--runs", "/no/such/folder"])
+    assert "there is no run '/no/such/folder/graph-laptop-sleep-N1-seed0'" in capsys.readouterr().err

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import live_model as live
 import pytest
 import torch
-
-from sleepedu.pictures import live_model as live
+from test_live import read_models
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "_build" / "html" / "book"
 CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("[0-9]*.ipynb"))]
-OTHERS = [f"book/{name}" for name in ("intro", "results", "sources", "notation", "api", "bibliography")]
+OTHERS = [f"book/{name}" for name in ("intro", "results", "provenance", "notation", "api", "bibliography")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -246,7 +246,7 @@ def intro(browser):
 
 @pytest.fixture(scope="module")
 def live_models():
-    return live.read_models((ROOT / "book" / "_extra" / "live" / "weights.js").read_text())
+    return read_models((ROOT / "book" / "_extra" / "live" / "weights.js").read_text())
 
 
 def press(page, selector, key, times=1):

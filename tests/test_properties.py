@@ -6,10 +6,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from campaigns import COUNTS, SOAK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from soak import COUNTS, SOAK
 
 from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
@@ -406,8 +406,7 @@ def test_the_command_line_ends_with_a_code_and_at_most_one_line_of_complaint(wor
     def no_training(*arguments, **named):
         raise ValueError("this would train")
 
-    monkeypatch.setattr(experiments, "train_and_store", no_training)
-    monkeypatch.setattr("sleepedu.lab.reproduction.train_and_store", no_training)
+    monkeypatch.setattr(experiments, "train", no_training)
     monkeypatch.setattr(run_store, "COMMITTED", tmp_path)  # to measure all the stored runs would take minutes
     monkeypatch.chdir(tmp_path)
     try:

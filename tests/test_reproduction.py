@@ -7,22 +7,22 @@ from dataclasses import replace
 import pytest
 
 from sleepedu.__main__ import main
-from sleepedu.lab import experiments, reproduction, run_store
+from sleepedu.lab import experiments, run_store
 
 
 def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
     assert main(["reproduce", str(tiny_run.path), "--quiet", "--runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[:2] == ["made     on the same machine and versions", "history  identical: 4 entries"]
-    assert [line.split(":")[0] for line in shown[2:5]] == [f"depth {k}  identical" for k in (1, 2, 3)]
-    assert shown[5:] == ["weights  identical: bit for bit", "reproduced"]
+    told = ["on the same machine and versions", "identical", "identical: bit for bit", "identical"]
+    assert [line.split(maxsplit=1)[1] for line in shown[:4]] == told
+    assert shown[4].startswith("hops k") and shown[-1] == "reproduced"
     again = run_store.load_run(tmp_path / tiny_run.name)
     assert again.weights == tiny_run.weights and again.path != tiny_run.path
 
 
 def test_without_a_folder_nothing_is_left(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path))
-    assert reproduction.reproduce(tiny_run).reproduced
+    monkeypatch.setattr(experiments.tempfile, "tempdir", str(tmp_path))
+    assert experiments.reproduce(tiny_run)[1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -36,31 +36,31 @@ def changed(run, accuracy=None, **provenance):
 
 def test_one_number_that_differs_on_the_same_machine_is_not_reproduced(tiny_run):
     near = tiny_run.table[1].accuracy + 0.001
-    compared = reproduction.compare(changed(tiny_run, near), tiny_run)
-    assert not compared.reproduced and compared.lines[-1] == "NOT reproduced"
-    assert compared.lines[2].startswith("depth 1  differs by chance: stored")
+    lines, reproduced = experiments.compare(changed(tiny_run, near), tiny_run)
+    assert not reproduced and lines[-1] == "NOT reproduced"
+    assert lines[3] == "accuracy  differs by chance"
 
 
 def test_another_machine_may_differ_by_no_more_than_chance(tiny_run):
     near = changed(tiny_run, tiny_run.table[1].accuracy + 0.001, processor="an abacus")
-    compared = reproduction.compare(near, tiny_run)
-    assert compared.reproduced and "processor an abacus, now" in compared.lines[0]
-    far = reproduction.compare(changed(tiny_run, 1.0, processor="an abacus"), tiny_run)
-    told = "depth 1  differs by MORE than chance: stored 1.0000 (0.990 - 1.000), now"
-    assert not far.reproduced and far.lines[2].startswith(told)
+    lines, reproduced = experiments.compare(near, tiny_run)
+    assert reproduced and "processor an abacus, now" in lines[0]
+    lines, reproduced = experiments.compare(changed(tiny_run, 1.0, processor="an abacus"), tiny_run)
+    assert not reproduced and lines[3] == "accuracy  differs by MORE than chance explains"
+    assert [line.split()[0] for line in lines if line.endswith("1.000   differs")] == ["1"]
 
 
 def test_other_weights_and_another_history_are_told(tiny_run, tmp_path):
     other = experiments.run(replace(tiny_run.experiment, seed=1), "cpu", tmp_path, examples=20)
-    compared = reproduction.compare(replace(tiny_run, settings=other.settings), other)
-    assert not compared.reproduced
-    assert compared.lines[1].startswith(f"history  differs: last loss {tiny_run.history.loss[-1]} stored")
-    assert compared.lines[-2].startswith("weights  differ by up to ")
+    lines, reproduced = experiments.compare(replace(tiny_run, settings=other.settings), other)
+    assert not reproduced
+    assert lines[1].startswith(f"history   differs: last loss {tiny_run.history.loss[-1]} stored")
+    assert lines[2].startswith("weights   differ by up to ")
 
 
 def test_a_run_stored_without_weights_is_compared_in_all_else(tiny_run):
-    compared = reproduction.compare(replace(tiny_run, weights=""), tiny_run)
-    assert compared.reproduced and "weights  not stored, so not compared" in compared.lines
+    lines, reproduced = experiments.compare(replace(tiny_run, weights=""), tiny_run)
+    assert reproduced and "weights   not stored, so not compared" in lines
 
 
 def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
@@ -69,10 +69,10 @@ def test_what_cannot_be_trained_again_is_refused(tiny_run, tmp_path, capsys):
     settings = json.loads(json.dumps(tiny_run.settings))
     settings["train"]["batch"] = 8
     with pytest.raises(ValueError, match=r"the recipe of .* has changed since"):
-        reproduction.reproduce(replace(tiny_run, settings=settings), tmp_path)
+        experiments.reproduce(replace(tiny_run, settings=settings), tmp_path)
     shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
     with pytest.raises(ValueError, match="is of a run with other settings"):
-        reproduction.compare(replace(tiny_run, settings=settings), tiny_run)
+        experiments.compare(replace(tiny_run, settings=settings), tiny_run)
 
 
 @pytest.mark.parametrize("run", run_store.stored_runs(), ids=lambda run: run.name)
@@ -80,15 +80,30 @@ def test_every_committed_run_can_be_trained_again(run, monkeypatch):
     class Trained(Exception):
         pass
 
-    def train(*arguments, compile, recompute):
+    def train(*arguments, **named):
         raise Trained
 
-    monkeypatch.setattr(reproduction, "train_and_store", train)
+    monkeypatch.setattr(experiments, "train", train)
     with pytest.raises(Trained):
-        reproduction.reproduce(run)
+        experiments.reproduce(run)
+
+
+def test_a_copy_beside_the_run_is_not_compared_with_it(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
+    copy = run_store.load_run(shutil.copytree(tiny_run.path, tmp_path / "copy"))
+    with pytest.raises(ValueError, match="holds the stored run itself"):
+        experiments.reproduce(copy, tmp_path)
+
+
+def test_another_run_of_its_name_is_not_trained_over(tiny_run, tmp_path, monkeypatch):
+    other = experiments.run(replace(tiny_run.experiment, seed=1), "cpu", tmp_path, examples=20)
+    other.path.rename(tmp_path / tiny_run.name)
+    monkeypatch.setattr(experiments, "train", None)
+    with pytest.raises(ValueError, match="is of a run with other settings"):
+        experiments.reproduce(tiny_run, tmp_path)
 
 
 def test_what_was_trained_again_before_is_taken(tiny_run, tmp_path, monkeypatch):
-    assert reproduction.reproduce(tiny_run, tmp_path).reproduced
-    monkeypatch.setattr(reproduction, "train_and_store", None)
-    assert reproduction.reproduce(tiny_run, tmp_path).reproduced
+    assert experiments.reproduce(tiny_run, tmp_path)[1]
+    monkeypatch.setattr(experiments, "train", None)
+    assert experiments.reproduce(tiny_run, tmp_path)[1]

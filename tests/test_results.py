@@ -1,8 +1,9 @@
-"""The table of all stored runs, and that the book's page shows the one there is."""
+"""The table of all stored runs, in a terminal and on the book's page."""
 
 from dataclasses import replace
 
 import pytest
+from results_page import fill_page, results_table
 
 from sleepedu.lab import experiments, results, run_store
 
@@ -29,7 +30,7 @@ def test_a_label_says_what_differs_from_the_recipe():
     assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == "N=2, inject, 500 steps, rate 0.02"
 
 
-@pytest.mark.parametrize("form", [results.markdown, lambda runs: "\n".join(results.lines(runs))])
+@pytest.mark.parametrize("form", [results_table, lambda runs: "\n".join(results.lines(runs))])
 def test_every_model_has_its_line_and_its_numbers(form):
     run = STORED[0]
     shown = form([run])
@@ -38,8 +39,11 @@ def test_every_model_has_its_line_and_its_numbers(form):
     assert run.make_task().depth_name in shown
 
 
-def test_the_books_page_shows_the_runs_there_are():
-    page = run_store.COMMITTED / "results.md"
-    assert page.read_text().rstrip() == results.markdown(STORED).rstrip(), (
-        f"run `python -m sleepedu results --markdown > {page}`"
-    )
+def test_the_books_page_has_the_table_of_all_runs():
+    page = (run_store.COMMITTED.parent / "results.md").read_text()
+    source = [page]
+    fill_page(None, "book/results", source)
+    assert results_table(STORED) in source[0] and "RESULTS" in page and "RESULTS" not in source[0]
+    other = [page]
+    fill_page(None, "book/intro", other)
+    assert other == [page]

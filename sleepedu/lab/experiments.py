@@ -1,23 +1,30 @@
-"""Experiments: an ``Experiment`` says what is trained, ``run`` returns the stored run or trains it now."""
+"""Experiments: ``run`` returns a stored run or trains it now; ``reproduce`` trains one again and compares."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, check_examples
+from sleepedu.fast import without_compiled_rule
 from sleepedu.fast.compiling import can_compile
 from sleepedu.fast.precision import choose_precision
-from sleepedu.lab import run_store
+from sleepedu.intervals import differing
+from sleepedu.lab import results, run_store
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
 from sleepedu.model import SleepLM
 from sleepedu.training import History, TrainConfig, rank_and_ranks, train
+
+# What rounding can depend on, as it stands in a run's provenance; a run from before one was noted did without.
+ALIKE = ("device", "processor", "threads", "ranks", "compiled", "recomputed", "kernel", "python", "torch", "numpy")
 
 
 def run(
@@ -29,10 +36,11 @@ def run(
     *,
     compile: bool | None = None,
     recompute: bool = False,
+    committed: bool = True,
 ) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
-    Looks in the committed store, then in ``directory``, where a new run goes; an interrupted run is resumed.
+    Looks in the committed store, if it may, then in ``directory``, where a new run goes; an interrupted run is resumed.
     watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
     more. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
@@ -40,45 +48,93 @@ def run(
     """
     check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
-    for store in (run_store.COMMITTED, Path(directory)):
+    stores = [run_store.COMMITTED, Path(directory)]
+    for store in stores if committed else stores[1:]:
         path = store / experiment.name
         if (path / "run.json").exists() and (found := load_run(path)).settings == experiment.settings:
             if store != run_store.COMMITTED:
                 Checkpoint(path).remove()  # there is one when the run was killed as it finished
             return found
-    return train_and_store(experiment, path, where, watch, examples, compile=compile, recompute=recompute)
-
-
-def train_and_store(
-    experiment: Experiment,
-    path: Path,
-    device: torch.device,
-    watch: Callable[[History, TrainConfig], None] | None,
-    examples: int,
-    compile: bool | None,
-    recompute: bool,
-) -> Run | None:
-    """Train, evaluate and store a run in the folder ``path``, whatever the stores have; arguments as in ``run``."""
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)
     if compile is None:
-        compile = config.steps >= 1000 and can_compile(device)
+        compile = config.steps >= 1000 and can_compile(where)
     with ExitStack() as stack:
-        with ranks_together(device, config.batch):
+        with ranks_together(where, config.batch):
             rank, ranks = rank_and_ranks()
             if rank == 0:
-                stack.enter_context(files.sole_use(path))  # until the run is stored
+                stack.enter_context(storage.sole_use(path))  # until the run is stored
             torch.manual_seed(experiment.seed)
-            model = SleepLM(experiment.model_config).to(device)
+            model = SleepLM(experiment.model_config).to(where)
             history = train(model, task, config, watch, checkpoint, compile=compile, recompute=recompute)
         if rank:
             return None
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
-        precision = choose_precision(config.precision, device)
-        made = {"compiled": compile and can_compile(device), "recomputed": recompute, "precision": precision}
-        made["ranks"] = ranks
+        made = {"compiled": compile and can_compile(where), "recomputed": recompute, "ranks": ranks}
+        made["precision"] = choose_precision(config.precision, where)
         stored = save_run(path, experiment, model, history, table, made)
         checkpoint.remove()
         return stored
+
+
+def reproduce(
+    stored: Run, directory: Path | str | None = None, watch: Callable[[History, TrainConfig], None] | None = None
+) -> tuple[list[str], bool]:
+    """Train a stored run again from its settings and ``compare``; what is trained is kept in ``directory``, if any.
+
+    It takes the device and the threads of the stored run, and compiles and recomputes as that did; without the rule in
+    C++ where that had none. Raises ValueError where its settings are no longer those of today's recipe, ``directory``
+    holds the run itself, or its device is not there.
+    """
+    if stored.experiment.settings != stored.settings:
+        raise ValueError(f"the recipe of {stored.name} has changed since it was stored: it cannot be trained again")
+    made, threads = stored.provenance, torch.get_num_threads()
+    how = {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False), "committed": False}
+    examples = next(iter(stored.table.values())).n
+    with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as folder:
+        if Path(folder).resolve() == stored.path.parent.resolve():
+            raise ValueError(f"{folder} holds the stored run itself: train it again in another folder")
+        if (path := Path(folder, stored.experiment.name)).joinpath("run.json").exists():
+            return compare(stored, load_run(path))
+        torch.set_num_threads(made["threads"])
+        try:
+            with nullcontext() if made.get("kernel", False) else without_compiled_rule():
+                again = run(stored.experiment, made["device"], folder, watch, examples, **how)
+        finally:
+            torch.set_num_threads(threads)
+        assert again is not None  # only other ranks get none, and there are no others
+        return compare(stored, again)
+
+
+def compare(stored: Run, again: Run) -> tuple[list[str], bool]:
+    """Return what became of a run that was trained again, in lines, and whether it counts as reproduced.
+
+    On the processor, versions and number of threads of the stored run every number has to be the same, on the CPU at
+    least. Elsewhere rounding differs, and what was rounding grows from step to step; there no accuracy may differ by
+    more than chance explains. (Chance is taken to be that of two sets of examples. Both tables are of the same set, so
+    this errs towards "reproduced".) Raises ValueError when it is a run of other settings.
+    """
+    if again.settings != stored.settings:
+        raise ValueError(f"{again.path} is of a run with other settings: train again in another folder")
+    was, became = ({name: r.provenance.get(name, False) for name in ALIKE} for r in (stored, again))
+    other = "; ".join(f"{name} {was[name]}, now {became[name]}" for name in ALIKE if was[name] != became[name])
+    same_history = replace(stored.history, seconds=[]) == replace(again.history, seconds=[])
+    losses = f"differs: last loss {stored.history.loss[-1]} stored, {again.history.loss[-1]} now"
+    gap, weights = 0.0, "not stored, so not compared"
+    if stored.weights:
+        old, new = (r.load_model().state_dict() for r in (stored, again))
+        gap = max((old[name] - new[name]).abs().max().item() for name in old)
+        weights = f"differ by up to {gap:.2g}" if gap else "identical: bit for bit"
+    apart = differing(again.table, stored.table, len(stored.table))
+    chance = "MORE than chance explains" if apart else "chance"
+    reproduced = not apart and (bool(other) or (same_history and again.table == stored.table and not gap))
+    return [
+        "made      " + (f"differently: {other}" if other else "on the same machine and versions"),
+        "history   " + ("identical" if same_history else losses),
+        "weights   " + weights,
+        "accuracy  " + ("identical" if again.table == stored.table else f"differs by {chance}"),
+        *results.beside_stored(again.table, stored, apart),
+        "reproduced" if reproduced else "NOT reproduced",
+    ], reproduced
 
 
 def torchrun_rank() -> int | None:

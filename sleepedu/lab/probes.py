@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleepedu import checks, files
+from sleepedu import checks, storage
 from sleepedu.intervals import Accuracy, Table, wilson_interval
 from sleepedu.lab import run_store
 from sleepedu.lab.run_store import Run
@@ -44,8 +44,6 @@ READERS = {
 RIDGES = tuple(10.0**power for power in range(-6, 3))  # penalties, for features of variance 1
 EXAMPLES = 1  # the number of the test stream they are drawn from; accuracy_by_depth begins at 10,000
 CHUNK = 500  # examples that are read at once
-
-Shares = dict[str, list[list[float | None]]]  # reader -> pass -> step
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class Probes:
     settings: Settings
     steps: tuple[int, ...]
     examples: dict[str, int]
-    each: Shares
-    whole: Shares
+    each: dict[str, list[list[float | None]]]
+    whole: dict[str, list[list[float | None]]]
     provenance: dict[str, Any]
 
     def table(self, reader: str, n: int = 1, whole: bool = False) -> Table:
@@ -99,10 +97,6 @@ class Probes:
             if share is not None
         }
 
-    def json(self) -> str:
-        """Return everything as JSON, as it is stored."""
-        return run_store.readable_json({"version": VERSION, **asdict(self)})
-
 
 def probe_run(run: Run, settings: Settings | None = None, directory: Path | str = run_store.OWN) -> Probes:
     """Return the stored probes of a run with these settings, or make and store them now (about half a minute).
@@ -121,21 +115,19 @@ def probe_run(run: Run, settings: Settings | None = None, directory: Path | str 
     started = time.perf_counter()
     made = probe_model(run.load_model(), run.make_task(), settings)
     provenance = {**run_store.machine(torch.device("cpu")), "seconds": round(time.perf_counter() - started, 1)}
-    files.write(path, Probes(run.name, weights, settings, **made, provenance=provenance).json().encode())
+    stored = {"version": VERSION, **asdict(Probes(run.name, weights, settings, **made, provenance=provenance))}
+    storage.write(path, run_store.readable_json(stored).encode())
     return load_probes(path)
 
 
 def load_probes(path: Path | str) -> Probes:
     """Return stored probes. Raises FileNotFoundError where there are none, ValueError where they are broken."""
     content = Path(path).read_bytes()
-    try:
+    with storage.reading(Path(path)):
         stored = json.loads(content)
         if stored.pop("version") != VERSION:
             raise ValueError(f"this library reads version {VERSION}")
         return Probes(**stored | {"settings": Settings(**stored["settings"]), "steps": tuple(stored["steps"])})
-    except Exception as error:  # broken bytes lead anywhere
-        told = f"{type(error).__name__}: {files.first_line(error)}"
-        raise ValueError(f"{path} is broken ({told}): delete it and make it again") from error
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from sleepedu.intervals import across_seeds
+from sleepedu.intervals import Table, across_seeds
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
 
@@ -49,6 +50,13 @@ def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in words]
 
 
+def beside_stored(table: Table, run: Run, differs: Sequence[int]) -> list[str]:
+    """Return the accuracies of a run measured anew as the lines of a table, marked at the depths where they differ."""
+    depth_name = run.make_task().depth_name
+    stored = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}
+    return aligned([{depth_name: depth, **asdict(a), **stored[depth]} for depth, a in table.items()])
+
+
 def lines(runs: list[Run]) -> list[str]:
     """Return the table as text for a terminal: runs that differ in their seed in one line, with all their names."""
     shown = []
@@ -61,32 +69,3 @@ def lines(runs: list[Run]) -> list[str]:
             rows.append({title: names} | {depth: a.accuracy for depth, a in mean.items()})
         shown += ["", *aligned(rows)]
     return shown[1:]
-
-
-def markdown(runs: list[Run]) -> str:
-    """Return the table as markdown, one table a task and size, for the book's page of results."""
-    parts = []
-    for (name, size), models in grouped(runs).items():
-        task = next(iter(models.values()))[0].make_task()
-        tables = {model: across_seeds([run.table for run in group]) for model, group in models.items()}
-        depths = list(next(iter(tables.values())))
-        rows = [
-            ["model", "seeds", "steps", "million tokens", "minutes", *map(str, depths)],
-            [":--"] + ["--:"] * (len(depths) + 4),
-        ]
-        for model, group in models.items():
-            steps, tokens = group[0].settings["train"]["steps"], group[0].provenance["tokens"]
-            minutes = sorted(run.provenance["seconds"] / 60 for run in group)
-            spread = dict.fromkeys(f"{m:.1f}" for m in (minutes[0], minutes[-1]))  # one number where both are the same
-            row = [model, str(len(group)), f"{steps:,}", f"{tokens / 1e6:.1f}", "–".join(spread)]
-            for a in tables[model].values():
-                interval = f"<small style='white-space: nowrap'>{a.low:.2f}–{a.high:.2f}</small>"
-                row.append(f"{a.accuracy:.3f} <br> {interval}")
-            rows.append(row)
-        constants = [max(table[depth].majority for table in tables.values()) for depth in depths]
-        rows.append(["best constant answer", "", "", "", "", *(f"{share:.3f}" for share in constants)])
-        if task.floor is not None:
-            rows.append(["best guess without reading", "", "", "", "", *[f"{task.floor:.3f}"] * len(depths)])
-        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        parts.append(f"## {name}, {size}\n\nShare of right answers by {task.depth_name}.\n\n{table}\n")
-    return "\n".join(parts)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from sleepedu import files
+from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available
 from sleepedu.intervals import Accuracy, Table
@@ -60,18 +60,17 @@ class Run:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
         content = file.read_bytes()
-        if files.checksum(content) != self.weights:
+        if storage.checksum(content) != self.weights:
             raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
         model = SleepLM(ModelConfig(**self.settings["model"]))
-        model.load_state_dict(files.unpack(content))
+        model.load_state_dict(storage.unpack(content))
         return model.to(find_device(device)).eval()
 
     def row(self) -> dict[str, Any]:
         """Return the run as one row of ``results``."""
-        e = self.experiment
         return {
             "run": self.name,
-            **{name: getattr(e, name) for name in ("task", "model", "passes", "size", "seed", "carry")},
+            **asdict(self.experiment),
             "steps": self.settings["train"]["steps"],
             **{name: self.provenance[name] for name in ("tokens", "seconds", "device")},
             "majority": round(sum(a.majority for a in self.table.values()) / len(self.table), 5),
@@ -93,34 +92,24 @@ def load_run(run: Path | str) -> Run:
         more = "; interrupted, the same command resumes it" if (path / Checkpoint.FILE).exists() else ""
         raise FileNotFoundError(f"{path} holds no finished run (no run.json{more})")
     content = file.read_bytes()
-    try:
+    with storage.reading(file):
         stored = json.loads(content)
-        stated, version = stored.pop("checksum", None), stored["version"]
-        whole = json_checksum(stored) == stated
-        if whole and version == VERSION:
-            found = Run(
-                path=path,
-                experiment=Experiment(**stored["experiment"]),
-                settings=stored["settings"],
-                history=History(**stored["history"]),
-                table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
-                provenance=stored["provenance"],
-                weights=stored.get("weights", ""),
-            )
-            found.make_task()
-            ModelConfig(**found.settings["model"])
-            return found
-    except Exception as error:  # broken bytes lead anywhere
-        raise broken(file, error) from error
-    if version != VERSION:
-        raise ValueError(f"{file} is of version {version}, this library reads version {VERSION}")
-    raise ValueError(f"{file} was changed: it does not have the checksum it states")
-
-
-def broken(file: Path, error: Exception) -> ValueError:
-    """Return the one line that says what the bytes of a file have led to."""
-    told = f"{type(error).__name__}: {files.first_line(error)}"
-    return ValueError(f"{file} is broken ({told}): delete it and make it again")
+        if stored["version"] != VERSION:
+            raise ValueError(f"it is of version {stored['version']}, this library reads version {VERSION}")
+        if stored.pop("checksum", None) != json_checksum(stored):
+            raise ValueError("it was changed: it does not have the checksum it states")
+        found = Run(
+            path=path,
+            experiment=Experiment(**stored["experiment"]),
+            settings=stored["settings"],
+            history=History(**stored["history"]),
+            table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+            provenance=stored["provenance"],
+            weights=stored.get("weights", ""),
+        )
+        found.make_task()
+        ModelConfig(**found.settings["model"])
+        return found
 
 
 def stored_runs(directory: Path | str | None = None) -> list[Run]:
@@ -138,7 +127,7 @@ def save_run(
     path: Path, experiment: Experiment, model: SleepLM, history: History, table: Table, made: dict[str, Any]
 ) -> Run:
     """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says."""
-    weights = files.pack(model.state_dict())
+    weights = storage.pack(model.state_dict())
     provenance = {
         **machine(model.head.weight.device),
         "seconds": history.seconds[-1],
@@ -148,16 +137,15 @@ def save_run(
     }
     stored = {
         "version": VERSION,
-        "fingerprint": json_checksum(experiment.settings)[:16],  # for whoever looks for the same settings
-        "weights": files.checksum(weights),
+        "weights": storage.checksum(weights),
         "experiment": asdict(experiment),
         "settings": experiment.settings,
         "table": plain_table(table),
         "provenance": provenance,
         "history": asdict(history),
     }
-    files.write(path / "weights.pt", weights)
-    files.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
+    storage.write(path / "weights.pt", weights)
+    storage.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
     return load_run(path)
 
 
@@ -168,7 +156,7 @@ def plain_table(table: Table) -> dict[str, dict[str, Any]]:
 
 def json_checksum(value: Any) -> str:
     """Return the SHA-256 of what stands in JSON, however it is laid out there."""
-    return files.checksum(json.dumps(value, sort_keys=True).encode())
+    return storage.checksum(json.dumps(value, sort_keys=True).encode())
 
 
 def readable_json(value: Any) -> str:
@@ -182,11 +170,10 @@ def find_device(name: str) -> torch.device:
     """Return the device "cpu", "cuda" or "auto" (CUDA where there is one). Raises ValueError when it is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {name!r} is unknown: use auto, cpu or cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
         raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device here: use cpu or auto")
-    return torch.device(name)
+    return torch.device("cuda" if name != "cpu" and there else "cpu")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -196,12 +183,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         described = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":", 1)[1].strip() for line in described if line.startswith("model name"))
     with suppress(OSError, subprocess.SubprocessError, ValueError):  # no git, no checkout, or that of another project
-        command = [
-            "git",
-            "rev-parse",
-            "HEAD",
-            "--show-cdup",
-        ]  # the way up to the top of the checkout, if it is not here
+        command = ["git", "rev-parse", "HEAD", "--show-cdup"]  # and the way up to the top of the checkout, if any
         done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True)
         (commit,) = done.stdout.split()
     return {

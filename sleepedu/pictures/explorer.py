@@ -23,9 +23,6 @@ from sleepedu import checks
 
 MOST_FRAMES, MOST_BYTES = 40, 300_000
 PAGE = Template(Path(__file__).with_name("explorer.html").read_text(encoding="utf-8"))
-CONTROL = Template("""
-<div class="explorer-control"><label for="$id">$name: <output for="$id">$first</output></label>
-<input type="range" id="$id" min="0" max="$last" step="1" value="0"></div>""")
 
 
 @dataclass
@@ -114,13 +111,11 @@ class Explorer:
         words = [self.describe(*pair) for pair in pairs]
         data = json.dumps({"values": [self.passes, self.depths], "frames": frames, "words": words})
         data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
-        key = f"explorer-{uuid.uuid4().hex[:8]}"
-        controls = ""
+        shown = {"id": f"explorer-{uuid.uuid4().hex[:8]}", "frame": frames[0], "words": html.escape(words[0])}
         for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True)):
             first = html.escape(str(values[0]))
-            controls += CONTROL.substitute(id=f"{key}-{i}", name=html.escape(name), last=len(values) - 1, first=first)
-        described = html.escape(words[0], quote=True)
-        return PAGE.substitute(id=key, controls=controls, first=frames[0], words=described, data=data)
+            shown |= {f"name{i}": html.escape(name), f"last{i}": str(len(values) - 1), f"first{i}": first}
+        return PAGE.substitute(shown, data=data)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
         # Put together here: a widget of ipywidgets 8 would return this, one of 7 only displays itself.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sleepedu import checks
 from sleepedu.tasks.base import UNSCORED, Episode, Task
-from sleepedu.tasks.padding import pad_left
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ENDERS = 25  # tokens that end a name, alone or after one of as many that begin it: ids 0..24, and 25..49
@@ -128,7 +127,9 @@ class GraphRetrieval(Task):
         targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
         scored = slice(1, 2) if self.name_tokens == 1 else slice(3, 5)
         targets[..., scored], depths[..., scored] = answer, k[..., None]
-        windows = pad_left(edges.flatten(1), self._tokens, padding).view(batch, self.windows, self.window)
+        text = edges.flatten(1)
+        text = text.gather(1, (text != padding).argsort(dim=1, stable=True))  # all padding to the left
+        windows = text.view(batch, self.windows, self.window)
         return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
 
     def _lengths(self, batch: int, generator: torch.Generator, depth: int | None) -> Tensor:

@@ -7,15 +7,14 @@ is a hint. After GSM-Infinite (Zhou et al., arXiv 2502.05252), the paper's reaso
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sleepedu import checks
 from sleepedu.tasks.base import UNSCORED, Episode, Task
-from sleepedu.tasks.padding import pad_left
 
 COLOURS = (
     *("red", "blue", "green", "gold", "pink", "grey", "black", "white", "brown", "orange", "purple", "violet", "amber"),
@@ -29,7 +28,6 @@ PLACES = (
 PAIRED = 20  # colours that go with the places, for names of two words
 GIVEN, MORE, LESS, PLUS = range(4)  # the forms of a sentence
 BITS = 62  # of an int64 that can be set and shifted without touching its sign
-RULE = "Each dial shows a digit from 0 to {last}; one step up from {last} is 0, and one step down from 0 is {last}."
 
 _DIAL = r"(\w+(?: \w+)?)"
 SENTENCE = re.compile(rf"{_DIAL} shows(?: (\d))?(?: (more|less) than)?(?: {_DIAL})?(?: plus {_DIAL})? \.")
@@ -131,10 +129,14 @@ class MathReasoning(Task):
             depths = torch.randint(depth or 1, (depth or self.operations) + 1, (batch, 1), generator=generator)
             asked = graph.any_of(depths)
             targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self.words.index("="))
-            before, after = (torch.tensor(self.encode(words)).expand(batch, -1) for words in ("what does", "show ?"))
-            sentences = torch.cat((before, names[row, asked].flatten(1), after, sentences), dim=1)
-        text = pad_left(sentences, self.windows * self.window, self.words.index("_"))
-        windows = text.view(batch, self.windows, self.window)
+            what, does, show, mark = (
+                torch.full_like(asked, self.words.index(word)) for word in ("what", "does", "show", "?")
+            )
+            sentences = torch.cat((what, does, names[row, asked].flatten(1), show, mark, sentences), dim=1)
+        blank = self.words.index("_")
+        text = F.pad(sentences, (self.windows, 0), value=blank)  # for windows that do not come out even
+        text = text.gather(1, (text != blank).argsort(dim=1, stable=True))  # all padding to the left
+        windows = text[:, -self.windows * self.window :].view(batch, self.windows, self.window)
         return Episode(windows, prompt.flatten(1), targets.flatten(1), depths.flatten(1))
 
     def _names(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -162,32 +164,6 @@ class MathReasoning(Task):
             template += [only(plus, "plus"), only(plus, names[row, graph.second])]
         return torch.cat((*template, only(always, ".")), dim=-1)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text: lower-cased words and punctuation. Raises ValueError for a word not in words."""
-        ids = {word: token for token, word in enumerate(self.words)}
-        try:
-            return [ids[word] for word in re.findall(r"\w+|[^\w\s]", text.lower())]
-        except KeyError as word:
-            raise ValueError(f"the {self.name} task has no word {word}: it knows {' '.join(self.words)}") from None
-
-    def problem(self, episode: Episode, index: int = 0) -> str:
-        """Return one example in English, for any language model or person: the rule, the question, the sentences."""
-        asked = list(self.asked_dials(episode, index))
-        several = ", ".join(asked[:-1]) + " and " + asked[-1]
-        question = f"What does {asked[0]} show?" if len(asked) == 1 else f"What do {several} show?"
-        sentences = self._plain(episode, index).split("? ")[-1].removesuffix(" .").split(" . ")
-        return "\n".join([RULE.format(last=self.digits - 1), "", question, *(f"{s.capitalize()}." for s in sentences)])
-
-    def derivation(self, episode: Episode, index: int, name: str) -> list[str]:
-        """Return how a dial's digit is worked out, a line for every dial that it takes, its own last.
-
-        Raises ValueError for a name that is not in the problem.
-        """
-        facts, name = self.facts(episode, index), name.lower()
-        if name not in facts:
-            raise ValueError(f"the problem has no dial {name!r}: it has {', '.join(facts)}")
-        return [line for _, line in derive(facts, name, self.digits).values()]
-
     def facts(self, episode: Episode, index: int = 0) -> Facts:
         """Return what the text says of every dial, in its order."""
         found = SENTENCE.findall(self._plain(episode, index))
@@ -205,22 +181,6 @@ class MathReasoning(Task):
     def _plain(self, episode: Episode, index: int) -> str:
         words = (self.words[token] for token in episode.windows[index].flatten().tolist())
         return " ".join(word for word in words if word != "_")
-
-
-def derive(facts: Facts, name: str, digits: int) -> dict[str, tuple[int, str]]:
-    """Return the digit and the worked line of a dial and of every dial it takes, those it depends on first."""
-    number, form, sources = facts[name]
-    steps: dict[str, tuple[int, str]] = {}
-    for source in sources:
-        steps |= derive(facts, source, digits)
-    terms = [steps[source][0] for source in sources] + [int(digit) for digit in number]
-    total = terms[0] - terms[1] if form == "less" else sum(terms)
-    line = f"{name} shows {terms[0]}"
-    if sources:
-        line += f" {'-' if form == 'less' else '+'} {terms[1]} = {total}"
-    if total not in range(digits):
-        line += f", on the dial {total % digits}"
-    return steps | {name: (total % digits, line)}
 
 
 class _Graph:
@@ -281,27 +241,3 @@ class _Graph:
 
 def _shuffled(batch: int, length: int, generator: torch.Generator) -> Tensor:
     return torch.rand(batch, length, generator=generator).argsort(dim=1)
-
-
-def _best_constant(task: MathReasoning, episode: Episode) -> Tensor:
-    counts = torch.bincount(episode.targets[episode.asked & (episode.depth > 0)], minlength=task.digits)
-    return counts.argmax().expand_as(episode.targets)
-
-
-def _most_frequent_number(task: MathReasoning, episode: Episode) -> Tensor:
-    text = episode.windows.flatten(1)
-    counts = torch.stack([(text == digit).sum(dim=1) for digit in range(task.digits)], dim=1)
-    return counts.argmax(dim=1, keepdim=True).expand_as(episode.targets)
-
-
-def _last_number(task: MathReasoning, episode: Episode) -> Tensor:
-    text = episode.windows.flatten(1)
-    place = torch.where(text < task.digits, torch.arange(text.shape[1]), -1).argmax(dim=1, keepdim=True)
-    return text.gather(1, place).expand_as(episode.targets)
-
-
-GUESSERS: dict[str, Callable[[MathReasoning, Episode], Tensor]] = {  # what each answers to every question, (b, p)
-    "the best constant answer": _best_constant,
-    "the most frequent number in the text": _most_frequent_number,
-    "the last number in the text": _last_number,
-}

@@ -1,7 +1,7 @@
 /* The model of this book in plain JavaScript: Algorithm 1, run in the page.
 
    It is sleepedu/{layers,fast_weights,model,sleep}.py once more, a token at a time and without a gradient, over the
-   weights that `python -m sleepedu export-live` wrote to weights.js. A test holds its logits to PyTorch's.
+   weights that `python book/live_model.py` wrote to weights.js. A test holds its logits to PyTorch's.
 
    Symbols: h hidden states, one row of `width` numbers for every token of the window; q, k, v queries, keys, values;
    a forget gate, b write strength; S fast weights, for every head a matrix of d_v rows and d_k columns; N passes. */

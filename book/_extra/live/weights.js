@@ -1,4 +1,4 @@
-// The weights of the models in model.js. Written by `python -m sleepedu export-live`: do not edit.
+// The weights of the models in model.js. Written by `python book/live_model.py`: do not edit.
 globalThis.sleepeduLiveWeights = {
  "words": [
   "A",

@@ -8,7 +8,7 @@ from pathlib import Path
 from sleepedu.lab import run_store
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
-PAGE = (BOOK / "sources.md").read_text()
+PAGE = (BOOK / "provenance.md").read_text()
 
 
 def figures_of_the_book() -> list[str]:

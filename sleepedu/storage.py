@@ -62,6 +62,16 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ValueError, in a line that names the file, for whatever its bytes lead to: broken ones lead anywhere."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{path} cannot be used ({told}): delete it, or take another folder") from error
+
+
 def checksum(content: bytes) -> str:
     """Return the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

@@ -86,11 +86,12 @@ def test_nothing_asks_the_network(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_what_goes_into_a_file_is_utf_8_whatever_the_console_is(encoding, tmp_path):
-    page = tmp_path / "results.md"
+def test_what_goes_into_a_file_is_utf_8_whatever_the_console_is(encoding, tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / "store" / "Schlaf – 眠り")
+    page = tmp_path / "results.txt"
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(run_store.PACKAGE.parent)}
     with open(page, "wb") as file:
-        command = [sys.executable, "-m", "sleepedu", "results", "--markdown"]
+        command = [sys.executable, "-m", "sleepedu", "results", "--runs", tmp_path / "store"]
         done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "\N{EN DASH}" in page.read_text(encoding="utf-8")
+    assert "Schlaf – 眠り" in page.read_text(encoding="utf-8")

@@ -1,12 +1,15 @@
 """The trained models of the book's first page: their weights, rounded, as a script that needs no server.
 
-``book/_extra/live/model.js`` is the same model in JavaScript and reads what is written here. A page opened from disk
+``python book/live_model.py`` writes them anew.
+
+``_extra/live/model.js`` is the same model in JavaScript and reads what is written here. A page opened from disk
 may load scripts but no data, so the weights are a script too. A matrix has one scale a row, and a number is a printable
 character, 91 levels. Queries and keys are divided by their length, so an error that is small beside a row's largest
 weight is large beside a query that happens to be short. What a query is made of, the embedding, the projection and the
 taps of the convolution, has two characters a number. The tests hold the rounded models to the stored tables.
 """
 
+import argparse
 import base64
 import json
 from collections.abc import Mapping, Sequence
@@ -19,8 +22,9 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sleepedu import files
-from sleepedu.model import ModelConfig, SleepLM
+from sleepedu import storage
+from sleepedu.lab.run_store import COMMITTED, load_run
+from sleepedu.model import SleepLM
 from sleepedu.pictures import figures
 from sleepedu.pictures.explorer import small_png
 from sleepedu.sleep_loop import sleep, wake
@@ -29,13 +33,13 @@ from sleepedu.trace import SleepTrace
 
 PASSES = (1, 2, 3, 4)
 RUNS = tuple(f"graph-laptop-sleep-N{passes}-seed0" for passes in PASSES)  # the names of the runs that the page shows
-FOLDER = Path("book/_extra/live")
+FOLDER = Path(__file__).parent / "_extra" / "live"
 # The 91 digits that a number is written in; a backslash would need escaping.
 DIGITS = np.frombuffer(bytes(range(ord("#"), ord("~"))).replace(b"\\", b"~"), "u1")
 RING, TOLD, START, HOPS = [2, 5, 7, 0, 4, 1, 6, 3], [4, 7, 2, 6, 0, 3, 5, 1], 2, 3  # the example, as in ``ask``
 
 _HEAD = """\
-// The weights of the models in model.js. Written by `python -m sleepedu export-live`: do not edit.
+// The weights of the models in model.js. Written by `python book/live_model.py`: do not edit.
 globalThis.sleepeduLiveWeights = """
 
 
@@ -45,10 +49,10 @@ def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
     runs: as in ``script``. Raises ValueError as that does, and OSError; nothing is written for a run that is broken.
     """
     text = script(runs)
-    picture = small_png(still(read_models(text)))
+    picture = small_png(still({run.settings["train"]["passes"]: run.load_model() for run in runs}))
     weights_path, picture_path = Path(directory, "weights.js"), Path(directory, "still.png")
-    files.write(weights_path, text.encode())
-    files.write(picture_path, picture)
+    storage.write(weights_path, text.encode())
+    storage.write(picture_path, picture)
     return [weights_path, picture_path]
 
 
@@ -110,30 +114,6 @@ def pack_weights(tensor: Tensor, characters: int = 1) -> dict[str, Any]:
     return {"columns": numbers.shape[1], "characters": characters, "scales": _base64(scales), "levels": text}
 
 
-def unpack_weights(packed: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return the tensor that ``pack_weights`` made this from, a matrix as it was rounded; a list has its rows."""
-    if not isinstance(packed, Mapping):
-        return torch.cat([unpack_weights(part) for part in packed])
-    if "numbers" in packed:
-        return torch.from_numpy(_from_base64(packed["numbers"]))
-    base, characters = len(DIGITS), packed["characters"]
-    value = np.zeros(128, dtype="i8")
-    value[DIGITS] = np.arange(base)
-    digits = value[np.frombuffer(packed["levels"].encode("ascii"), "u1")].reshape(-1, packed["columns"], characters)
-    levels = np.ravel_multi_index(np.moveaxis(digits, -1, 0), [base] * characters) - base**characters // 2
-    return torch.from_numpy(levels.astype("f4") * _from_base64(packed["scales"])[:, None])
-
-
-def read_models(text: str) -> dict[int, SleepLM]:
-    """Return the rounded model for every N in the text of a weights.js."""
-    data = json.loads(text.removeprefix(_HEAD).rstrip(";\n"))
-    models = {}
-    for passes, stored in data["models"].items():
-        model = models[int(passes)] = SleepLM(ModelConfig(**data["config"])).eval()
-        model.load_state_dict({name: unpack_weights(packed) for name, packed in stored["weights"].items()})
-    return models
-
-
 @torch.no_grad()
 def ask(
     model: SleepLM, passes: int, ring: Sequence[int], told: Sequence[int], start: int, hops: int
@@ -185,5 +165,18 @@ def _base64(numbers: np.ndarray) -> str:
     return base64.b64encode(numbers.tobytes()).decode("ascii")
 
 
-def _from_base64(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype("f4")
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the models of the book's first page.")
+    parser.add_argument("--runs", type=Path, default=COMMITTED, help="folder to take the runs from")
+    parser.add_argument("--to", type=Path, default=FOLDER, help="folder to write to")
+    options = parser.parse_args(arguments)
+    try:
+        written = export([load_run(options.runs / name) for name in RUNS], options.to)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {storage.first_line(error)}\n")
+    for path in written:
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

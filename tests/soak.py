@@ -1,4 +1,4 @@
-"""How long the campaigns are, kills, mutated files and properties: short in `make test`, long in `make soak`."""
+"""How often kills, mutated files and properties are tried: short in `make test`, long in `make soak`."""
 
 import os
 from collections import Counter
