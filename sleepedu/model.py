@@ -146,7 +146,8 @@ class SleepLM(nn.Module):
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             found = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be whole numbers (int64 or int32) of shape (batch, length), got {found}")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # there are no values then
+        if tokens.device.type == "cpu" and tokens.numel() and not traced:
             for token in map(int, torch.aminmax(tokens)):
                 if not 0 <= token < self.config.vocabulary:
                     raise ValueError(

@@ -156,6 +156,27 @@ def test_cache_of_a_window_starts_empty(make_model):
     assert make_model("ag").empty_cache() == [WindowCache(), WindowCache()]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_gradient_for_every_sequence_is_the_gradient_of_each(make_model):
+    model = make_model("ag")
+    parameters = dict(model.named_parameters())
+
+    def loss(given, tokens):
+        return torch.func.functional_call(model, given, (tokens[None],))[0].square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, TOKENS)
+    for i, tokens in enumerate(TOKENS):
+        wanted = torch.autograd.grad(loss(parameters, tokens), list(parameters.values()))
+        for gradient, same in zip(each.values(), wanted, strict=True):
+            assert_close(gradient[i], same, 1e-4)
+
+
+def test_a_model_can_be_exported(make_model):
+    model = make_model("ag").eval()
+    exported = torch.export.export(model, (TOKENS,))
+    assert_close(exported.module()(TOKENS)[0], model(TOKENS)[0])
+
+
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):
     def rule(*tensors):
         assert not torch.is_autocast_enabled("cpu")

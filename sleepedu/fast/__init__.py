@@ -19,12 +19,13 @@ _cpp: bool | None = None  # a plain value, which torch.compile can read; None un
 def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Compute ``gated_delta`` the fastest way there is here: compiled on a CPU, by ``gated_delta_chunked`` elsewhere.
 
-    There is compiled code for float32 and the sizes in ``cpp.MULTIPLES``. Raises ValueError as the rules do; its
+    There is compiled code for float32 and the sizes in ``cpp.MULTIPLES``; inside ``torch.func`` (grad, vmap, jvp, and
+    gradients of gradients) it is the chunks. Raises ValueError as the rules do; its
     gradient MemoryError where S after each token does not fit into memory.
     """
     check_inputs(q, k, v, log_a, b, S)
     multiple = cpp.MULTIPLES.get(q.shape[-1])
-    fits = multiple is not None and v.shape[-1] % multiple == 0
+    fits = multiple is not None and v.shape[-1] % multiple == 0 and not torch._C._are_functorch_transforms_active()
     if fits and q.dtype == torch.float32 and q.device.type == "cpu" and cpp_is_available():
         return cpp.GatedDelta.apply(q, k, v, log_a, b, S)
     return gated_delta_chunked(q, k, v, log_a, b, S)
