@@ -1,7 +1,9 @@
 """Two sliders, N and depth, over pictures of a real model's output.
 
 In the rendered page the pictures are computed beforehand and a few lines of JavaScript show the right one: no kernel,
-no other host. Where there is a kernel, ipywidgets sliders draw anew, and a button draws another example.
+no other host. Where there is a kernel, ipywidgets sliders draw anew, and a button draws another example. ``jupyter
+nbconvert --execute`` makes a page of these, for which it asks another host, unless it is told to keep no state of
+widgets: ``--ExecutePreprocessor.store_widget_state=False``.
 """
 
 import base64
