@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from sleepedu import layers
+from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.fast_weights import gated_delta
+from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep_loop import run_episode
+from sleepedu.session import Session
+from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled
 from sleepedu.tasks import GraphRetrieval
+from sleepedu.trace import SleepTrace
 from sleepedu.training import score
 
 TOKENS = torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -175,6 +179,29 @@ def test_a_model_can_be_exported(make_model):
     model = make_model("ag").eval()
     exported = torch.export.export(model, (TOKENS,))
     assert_close(exported.module()(TOKENS)[0], model(TOKENS)[0])
+
+
+@pytest.mark.parametrize("layout", ["ag", "aa", "AA"])
+def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, make_model):
+    task = GraphRetrieval(nodes=5, hops=2, queries=4)
+    model = make_model(layout).to("meta")
+    episode = task.sample(3, torch.Generator().manual_seed(0)).to("meta")
+    assert run_episode(model, episode, 1).shape == (3, 8, 11)
+    if layout == "ag":
+        session = Session(model, 10, 2, 3)
+        session.read(episode.windows[:, 0])
+        assert session.answer(episode.prompt).shape == (3, 8, 11) and session.S[0].shape == (3, 2, 8, 8)
+        trace = SleepTrace()
+        sleep(model, episode.windows[:, 0], passes=2, trace=trace)
+        assert trace.changes().shape == (2, 1)
+        for needs_numbers in (
+            lambda: accuracy_by_depth(model, task, 1),
+            lambda: sleep_until_settled(model, episode.windows[:, 0]),
+            lambda: Session(model, 10, 2, tolerance=0.1),
+            lambda: probe_model(model, task, Settings(passes=1)),
+        ):
+            with pytest.raises(ValueError, match="the model is on meta, which knows shapes and no numbers"):
+                needs_numbers()
 
 
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):
