@@ -23,7 +23,7 @@ def draw_episode(task: Task, episode: Episode, index: int = 0, answers: Tensor |
     if found != wanted:
         sizes = "{} windows of {} tokens and a prompt of {}"
         raise ValueError(f"the {task.name} task has {sizes.format(*wanted)}, the episode {sizes.format(*found)}")
-    return _picture(task, episode, index, answers, **how)
+    return _picture(task, episode.to("cpu"), index, answers, **how)
 
 
 @singledispatch
