@@ -58,7 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (ValueError, FloatingPointError) as error:
         return _fail(files.first_line(error))
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(
+            error
+        ):  # a CPU's that is full has no kind of its own
+            raise
         return _fail(files.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from the last checkpoint")

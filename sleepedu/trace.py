@@ -59,16 +59,17 @@ class SleepTrace:
         """
         if not self.S[window][0]:
             raise ValueError("there is no S in this trace: trace a model that has 'g' in its layout")
-        return torch.stack([torch.stack(S).float() for S in self.S[window]])
+        return torch.stack([torch.stack(S) for S in self.S[window]])
 
     def norms(self, window: int = -1) -> Tensor:
         """Return the Frobenius norm of S, mean over the batch: (passes + 1, fast-weight layers)."""
         return self.stack(window).flatten(3).norm(dim=-1).mean(dim=2)
 
     def changes(self, window: int = -1, by_head: bool = False) -> Tensor:
-        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass, mean over the batch: (passes, layers[, heads])."""
+        """Return ``|S_n - S_(n-1)| / |S_n|``, 0 without a change, mean over the batch: (passes, layers[, heads])."""
         S = self.stack(window).flatten(-2 if by_head else 3)
-        return ((S[1:] - S[:-1]).norm(dim=-1) / S[1:].norm(dim=-1)).mean(dim=2)
+        change, size = (S[1:] - S[:-1]).norm(dim=-1), S[1:].norm(dim=-1)
+        return (change / size.where(change > 0, 1)).mean(dim=2)
 
     def hidden_norms(self, window: int = -1) -> Tensor:
         """Return the root mean square of h after every block and pass: (passes, layers)."""

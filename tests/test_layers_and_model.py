@@ -45,6 +45,13 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     assert not torch.allclose(rotate(q, 9) @ rotate(k, 5).T, rotate(q, 9) @ rotate(k, 0).T)
 
 
+def test_rotation_is_as_exact_as_what_it_turns():
+    x = torch.ones(1, 4, dtype=torch.float64)
+    turned = rotate(x, start=12_345)
+    angle = 12_345 * 1e-2  # of the second pair of channels
+    assert turned[0, 1].item() == pytest.approx(math.cos(angle) - math.sin(angle), abs=1e-12)
+
+
 def test_fast_weight_mixer_is_the_gated_delta_rule(make_model):
     layer = make_model("g").layers[0].mixer
     x, S = torch.randn(1, 6, 16), torch.randn(1, 2, 8, 8)

@@ -114,7 +114,8 @@ class Explorer:
         if size > MOST_BYTES:
             raise ValueError(f"the pictures take {size} bytes, {MOST_BYTES} at most: draw them smaller or fewer")
         words = [self.describe(*pair) for pair in pairs]
-        data = json.dumps({"values": [self.passes, self.depths], "frames": frames, "words": words})
+        shown = [list(map(str, values)) for values in (self.passes, self.depths)]  # NumPy's numbers are none in JSON
+        data = json.dumps({"values": shown, "frames": frames, "words": words})
         data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
         key = f"explorer-{uuid.uuid4().hex[:8]}"
         controls = ""
