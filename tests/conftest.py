@@ -42,3 +42,5 @@ def tiny_run(tiny_experiment, tmp_path_factory) -> run_store.Run:
 def pytest_terminal_summary(terminalreporter):
     for what, number in sorted(campaigns.COUNTS.items()):
         terminalreporter.write_line(f"{number:6,} {what}")
+    for what, number in sorted(campaigns.LARGEST.items()) if campaigns.SOAK else ():
+        terminalreporter.write_line(f"{number:.1e} {what}, at most")

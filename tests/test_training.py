@@ -319,6 +319,18 @@ def test_majority_loss_is_the_entropy_of_the_answers():
     assert paper.tokens_per_example == 100
 
 
+def test_the_loss_of_a_constant_reads_about_a_million_tokens_at_most():
+    drawn = []
+
+    class Long(GraphRetrieval):
+        def sample(self, batch, generator, depth=None):
+            drawn.append(batch)
+            return super().sample(batch, generator, depth)
+
+    assert majority_loss(Long(nodes=2000, hops=2, queries=2000)) > 0
+    assert drawn == [1 + 2**20 // (2 * 2000 + 2 * 2000)]
+
+
 def test_history_says_where_the_run_stands(make_model, capsys):
     history = train(make_model(), TASK, CONFIG, watch=ProgressBar())
     assert history.step == list(range(1, 13))
