@@ -18,7 +18,7 @@ from sleepedu.tasks.base import Task
 from sleepedu.training import TrainConfig, TrainingState, rank_and_ranks
 
 SAVE_EVERY = 20.0  # seconds of training between two saves
-PLAIN = ("sums", "counted", "step", "seconds")  # of a TrainingState, what is stored as it is
+PLAIN = ("sums", "step", "seconds")  # of a TrainingState, what is stored as it is
 
 
 class Checkpoint:
@@ -70,7 +70,9 @@ class Checkpoint:
     def save_when_due(self, state: TrainingState, config: TrainConfig) -> None:
         """Save after a while, and when a signal is held back, which is then delivered."""
         rank, ranks = rank_and_ranks()
-        if rank or (ranks > 1 and state.counted):  # several ranks have sums of their own between two history entries
+        if rank or (
+            ranks > 1 and state.history.step[-1:] != [state.step]
+        ):  # several ranks have sums of their own between two history entries
             return
         late = time.perf_counter() - self._saved > SAVE_EVERY and state.step < config.steps
         if (late or self._signals) and state.sums.isfinite().all():  # else the run fails, and what was good stays

@@ -3,7 +3,6 @@
 Symbols: b batch, l tokens, w width, V vocabulary; h (b, l, w) hidden states; S (b, heads, d_v, d_k) for every layer.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -190,8 +189,3 @@ class SleepLM(nn.Module):
         for matrix in S:
             if (found := (tuple(matrix.shape), matrix.dtype, matrix.device)) != wanted:
                 raise ValueError("S must have shape {}, be {} and on {}, got {}, {}, {}".format(*wanted, *found))
-
-
-def parameter_count(parameters: Iterable[Tensor]) -> int:
-    """Return how many numbers the parameters hold."""
-    return sum(parameter.numel() for parameter in parameters)

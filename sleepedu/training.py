@@ -1,8 +1,7 @@
 """Training through the sleep, end to end: Muon for hidden matrices, AdamW for the rest.
 
-A run depends on its settings and seed alone: batch i is drawn from a generator seeded by (seed, i), and after it N,
-where that varies. So every N sees the same data in the same order, an interrupted run goes on exactly where it stood,
-and processes that train together share each of these batches among them.
+A run depends on its settings and seed alone (``tasks.batches``). So every N sees the same data in the same order, an
+interrupted run goes on exactly where it stood, and processes that train together share each batch among them.
 """
 
 import math
@@ -27,8 +26,6 @@ from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
 from sleepedu.tasks.base import UNSCORED, Episode, Task, check_task, majority_loss
 from sleepedu.tasks.batches import prefetched
-
-Gradients = Callable[[Episode, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     precision: str  # as chosen for the device
     history: History
-    sums: Tensor  # (3,): loss, share right and gradient norm, added up over ...
-    counted: int = 0  # ... so many steps since the last history entry
+    sums: Tensor  # (4,) since the last history entry: loss, share right, gradient norm, and how many steps they are of
     step: int = 0
     seconds: float = 0.0
 
@@ -145,11 +141,9 @@ def train(
     answering: nn.Module = AnsweringEpisodes(model, recompute)
     if ranks > 1:  # a parameter without gradient (inject, at N = 1) never has one, unless N varies
         answering = DistributedDataParallel(answering, static_graph=not varies, find_unused_parameters=varies)
-    gradients: Gradients = partial(find_gradients, state, answering)
+    gradients: Callable = partial(find_gradients, state, answering)
     if compile and device.type == "cuda" and ranks == 1:
         gradients = Recorded(gradients, model.parameters())
-    entry_every = max(1, config.steps // 200)
-
     saved = nullcontext() if checkpoint is None else checkpoint.running(state, task, config)
     with saved, tf32(state.precision, device), compiled_blocks(model) if compile else nullcontext():
         started = time.perf_counter() - state.seconds
@@ -158,21 +152,17 @@ def train(
             for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
                 group["lr"] = group["initial_lr"] * config.rate(step)
             share = batch[rank::ranks].to(device)
-            find = gradients
-            if ranks > 1:  # their mean is that of the whole batch, also where one has more scored tokens than another
-                find = partial(gradients, count=int(batch.asked.sum()) / ranks)
-            state.sums += training_step(state, find, share, passes, config.clip)
-            state.step, state.counted = step + 1, state.counted + 1
-            if not state.step % entry_every or state.step == config.steps:
+            state.sums += training_step(state, gradients, share, passes, config.clip)
+            state.step = step + 1
+            if not state.step % max(1, config.steps // 200) or state.step == config.steps:
                 if ranks > 1:
                     dist.all_reduce(state.sums)
-                loss, accuracy, norm = (state.sums / (state.counted * ranks)).tolist()
+                loss, accuracy, norm, _ = (state.sums / state.sums[-1]).tolist()
                 if not math.isfinite(loss + norm):
                     found = f"the loss is {loss} and the norm of its gradient {norm} by step {state.step}"
                     raise FloatingPointError(f"{found}: lower learning_rate (now {config.learning_rate}) or clip")
                 state.history.add(state.step, loss, accuracy, time.perf_counter() - started)
                 state.sums.zero_()
-                state.counted = 0
                 if watch is not None and rank == 0:
                     watch(state.history, config)
             if checkpoint is not None:
@@ -189,16 +179,15 @@ def begin_training(model: SleepLM, task: Task, config: TrainConfig) -> TrainingS
     precision = choose_precision(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, scale, enabled=precision == "float16")
     history = History(tokens_per_step=config.batch * task.tokens_per_example, majority_loss=majority_loss(task))
-    return TrainingState(
-        model, make_optimizers(model, config), scaler, precision, history, sums=torch.zeros(3, device=device)
-    )
+    sums = torch.zeros(4, device=device)
+    return TrainingState(model, make_optimizers(model, config), scaler, precision, history, sums)
 
 
-def training_step(state: TrainingState, gradients: Gradients, episode: Episode, passes: int, clip: float) -> Tensor:
+def training_step(state: TrainingState, gradients: Callable, episode: Episode, passes: int, clip: float) -> Tensor:
     """Take one step on an episode: sleep N passes, answer, score, follow the gradient back, clip it, move.
 
     gradients: ``find_gradients`` of the state, or what stands for it. Return loss (nats a scored token), share right,
-    and the gradient's norm, (3,).
+    the gradient's norm, and 1, for a step, (4,).
     """
     scaler = state.scaler
     loss, accuracy = gradients(episode, passes)
@@ -211,17 +200,16 @@ def training_step(state: TrainingState, gradients: Gradients, episode: Episode, 
         scaler.step(optimizer)
     scaler.update()
     # The scaler of float16 meets infinite gradients on purpose and skips them; anywhere else they end the run.
-    return torch.stack((loss, accuracy, torch.zeros_like(norm) if scaler.is_enabled() else norm))
+    norm = torch.zeros_like(norm) if scaler.is_enabled() else norm
+    return torch.stack((loss, accuracy, norm, torch.ones_like(norm)))
 
 
-def find_gradients(
-    state: TrainingState, answering: nn.Module, episode: Episode, passes: int, count: float = 0
-) -> tuple[Tensor, Tensor]:
+def find_gradients(state: TrainingState, answering: nn.Module, episode: Episode, passes: int) -> tuple[Tensor, Tensor]:
     """Let ``AnsweringEpisodes``, or what wraps it, answer; leave gradients in the model; return what ``score`` does."""
     state.model.zero_grad(set_to_none=True)
     with autocast(state.precision, episode.prompt.device):
         logits = answering(episode, passes)
-    loss, accuracy = score(logits.float(), episode, count)
+    loss, accuracy = score(logits.float(), episode)
     state.scaler.scale(loss).backward()
     return loss.detach(), accuracy
 
@@ -237,13 +225,16 @@ class AnsweringEpisodes(nn.Module):
         return run_episode(self.model, episode, passes, recompute=self.recompute)
 
 
-def score(logits: Tensor, episode: Episode, count: float = 0) -> tuple[Tensor, Tensor]:
+def score(logits: Tensor, episode: Episode) -> tuple[Tensor, Tensor]:
     """Return the masked cross-entropy (nats a scored token) and the share of scored tokens that are right.
 
-    logits: (b, p, V) for the episode's prompt. count: scored tokens to divide by; 0 means those of the episode.
+    logits: (b, p, V) for the episode's prompt. Of ranks that train together the mean is that of the whole batch.
     """
-    # Sums over all positions, of which a GPU's host need not know how many are scored; and a rank may have none.
-    count = count or episode.asked.sum().clamp(min=1)  # who asks nothing adds nothing
+    # Sums over all positions: a GPU's host need not wait to hear how many are scored, and a rank may have none.
+    count, ranks = episode.asked.sum(), rank_and_ranks()[1]
+    if ranks > 1:
+        dist.all_reduce(count)
+    count = count.clamp(min=1) / ranks  # who asks nothing adds nothing
     right = (logits.detach().argmax(-1) == episode.targets).sum()
     loss = F.cross_entropy(logits.flatten(0, 1), episode.targets.flatten(), ignore_index=UNSCORED, reduction="sum")
     return loss / count, right / count

@@ -222,13 +222,13 @@ def test_an_error_in_one_rank_ends_them_all(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
-        "from sleepedu import training\n"
+        "from sleepedu.tasks import batches\n"
         "from sleepedu.__main__ import main\n"
-        "def stream(seed, purpose, number, stream=training.stream):\n"
+        "def stream(seed, purpose, number, stream=batches.stream):\n"
         "    if os.environ['RANK'] == '1' and number == 2:\n"
         "        raise OSError('the disk of rank 1 is gone')\n"
         "    return stream(seed, purpose, number)\n"
-        "training.stream = stream\n"
+        "batches.stream = stream\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     done = torchrun(2, program, *SMOKE, "--quiet", "--runs", tmp_path)

@@ -22,7 +22,7 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available
 from sleepedu.intervals import Accuracy, Table
 from sleepedu.lab.recipes import Experiment
-from sleepedu.model import ModelConfig, SleepLM, parameter_count
+from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import History
 
@@ -132,7 +132,7 @@ def save_run(
         **machine(model.head.weight.device),
         "seconds": history.seconds[-1],
         "tokens": history.step[-1] * history.tokens_per_step,
-        "parameters": parameter_count(model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **made,
     }
     stored = {
