@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (ValueError, FloatingPointError) as error:
         return _fail(storage.first_line(error))
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # a full CPU's has no kind of its own
+            raise
         return _fail(storage.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from the last checkpoint")

@@ -1,6 +1,7 @@
 """What every setting is asked at the door: whether it is a number of its kind and inside its limits."""
 
 import math
+from typing import Any
 
 MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
 MOST_SEED = 2**32 - 1
@@ -43,3 +44,9 @@ def finite(name: str, value: object, above: float = -math.inf) -> None:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if value <= above:
         raise ValueError(f"{name} must be above {above:g}, got {value}")
+
+
+def has_numbers(device: Any) -> None:
+    """Raise ValueError for a model on "meta", where tensors have shapes and no numbers."""
+    if device.type == "meta":
+        raise ValueError("the model is on meta, which knows shapes and no numbers: use to_empty and load its weights")

@@ -28,7 +28,7 @@ def accuracy_by_depth(
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
     check_task(task, model.config.vocabulary)
-    device = model.head.weight.device
+    checks.has_numbers(device := model.head.weight.device)
     table = {}
     for depth in task.depths:
         right, episodes = 0.0, []

@@ -94,7 +94,7 @@ class FastWeightMixer(nn.Module):
 
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # there is no autocast on meta
             o, S = gated_delta_fast(q, k, v, log_a, b, S)  # (b, h, l, d)
             o = F.rms_norm(o, self.norm.shape, self.norm.to(o.dtype), EPSILON)
         o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
@@ -108,12 +108,10 @@ class FastWeightMixer(nn.Module):
         qk = rearrange(qk, "b l (two h d) -> two b h l d", two=2, h=h).to(dtype)
         v = rearrange(v, "b l (h d) -> b h l d", h=h).to(dtype)
         forget, write = rearrange(self.gates(x).to(dtype), "b l (two h) -> two b h l", two=2)
-        with torch.autocast(x.device.type, enabled=False):
-            # F.normalize says the same, and takes 2% of a training step that is not compiled more.
-            q, k = qk * (qk.square().sum(dim=-1, keepdim=True) + EPSILON**2).rsqrt()  # (b, h, l, d) of unit length
-            log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)  # (b, h, l)
-            b = self.write_range * write.sigmoid()
-        return RuleInputs(q, k, v, log_a, b, gate)
+        # F.normalize says the same, and takes 2% of a training step that is not compiled more.
+        q, k = qk * (qk.square().sum(dim=-1, keepdim=True) + EPSILON**2).rsqrt()  # (b, h, l, d) of unit length
+        log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)  # (b, h, l)
+        return RuleInputs(q, k, v, log_a, self.write_range * write.sigmoid(), gate)
 
     def convolve(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
         """Mix every channel of x (b, l, c) with its last few tokens, then SiLU; a window starts with nothing before it.
@@ -172,7 +170,8 @@ class Block(nn.Module):
 def rotate(x: Tensor, start: int) -> Tensor:
     """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
     length, half = x.shape[-2], x.shape[-1] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
+    whole = torch.promote_types(x.dtype, torch.float32)
+    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=whole) / half)
     angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (l, half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (l, half)
     x1, x2 = x.chunk(2, dim=-1)  # (..., l, half) each

@@ -146,12 +146,12 @@ class SleepLM(nn.Module):
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             found = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be whole numbers (int64 or int32) of shape (batch, length), got {found}")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # there are no values
+        if tokens.device.type == "cpu" and tokens.numel() and not traced:
+            last = self.config.vocabulary - 1
             for token in map(int, torch.aminmax(tokens)):
-                if not 0 <= token < self.config.vocabulary:
-                    raise ValueError(
-                        f"token {token} is outside the vocabulary: ids are 0 to {self.config.vocabulary - 1}"
-                    )
+                if not 0 <= token <= last:
+                    raise ValueError(f"token {token} is outside the vocabulary: ids are 0 to {last}")
 
     def blocks(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         """Run one pass of all blocks over the hidden states of a window: h, S <- Blocks(h, S).

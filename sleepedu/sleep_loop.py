@@ -132,6 +132,7 @@ def check_sleeps(model: SleepLM) -> None:
 def check_settles(model: SleepLM, tolerance: float) -> None:
     """Raise ValueError for a tolerance that is not finite and above 0, or a model that has no S to settle."""
     check_sleeps(model)
+    checks.has_numbers(model.head.weight.device)
     checks.finite("tolerance", tolerance, above=0)
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights that could settle: use sleep")

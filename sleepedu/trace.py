@@ -46,9 +46,10 @@ class SleepTrace:
         """
         if not self.S[window][0]:
             raise ValueError("there is no S in this trace: trace a model that has 'g' in its layout")
-        return torch.stack([torch.stack(S).float() for S in self.S[window]])
+        return torch.stack([torch.stack(S) for S in self.S[window]])
 
     def changes(self, window: int = -1, by_head: bool = False) -> Tensor:
-        """Return ``|S_n - S_(n-1)| / |S_n|`` for every pass, mean over the batch: (passes, layers[, heads])."""
+        """Return ``|S_n - S_(n-1)| / |S_n|``, 0 without a change, mean over the batch: (passes, layers[, heads])."""
         S = self.stack(window).flatten(-2 if by_head else 3)
-        return ((S[1:] - S[:-1]).norm(dim=-1) / S[1:].norm(dim=-1)).mean(dim=2)
+        change, size = (S[1:] - S[:-1]).norm(dim=-1), S[1:].norm(dim=-1)
+        return (change / size.where(change > 0, 1)).mean(dim=2)

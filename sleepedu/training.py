@@ -217,7 +217,7 @@ def training_step(state: TrainingState, gradients: Gradients, episode: Episode, 
 def find_gradients(
     state: TrainingState, answering: nn.Module, episode: Episode, passes: int, count: float = 0
 ) -> tuple[Tensor, Tensor]:
-    """Let ``AnsweringEpisodes``, or what wraps it, answer; leave the gradients in the model; return as ``score`` does."""
+    """Let ``AnsweringEpisodes``, or what wraps it, answer; leave gradients in the model; return what ``score`` does."""
     state.model.zero_grad(set_to_none=True)
     with autocast(state.precision, episode.prompt.device):
         logits = answering(episode, passes)

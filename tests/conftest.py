@@ -42,3 +42,5 @@ def tiny_run(tiny_experiment, tmp_path_factory) -> run_store.Run:
 def pytest_terminal_summary(terminalreporter):
     for what, number in sorted(soak.COUNTS.items()):
         terminalreporter.write_line(f"{number:6,} {what}")
+    for what, number in sorted(soak.LARGEST.items()) if soak.SOAK else ():
+        terminalreporter.write_line(f"{number:.1e} {what}, at most")

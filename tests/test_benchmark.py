@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(benchmark, "RULE_SHAPES", ((2, 1, 5, 4),))
+    monkeypatch.setattr(benchmark, "RULE_SHAPES", {"cpu": ((2, 1, 5, 4),)})
     monkeypatch.setattr(benchmark, "WINDOWS", (4, 8))
     monkeypatch.setattr(benchmark, "READ_BEFORE", (100, 300))
     monkeypatch.setattr(benchmark, "PASSES", (1, 2))
@@ -96,3 +96,19 @@ def test_the_command_prints_tables_or_refuses(tiny, capsys):
         main(["bench", "--only", "speed"])
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "invalid choice: 'speed'" in error
+
+
+@pytest.mark.parametrize("message", ["can't allocate memory", "something else"])
+def test_only_a_cache_that_does_not_fit_ends_the_answers(tiny, message, monkeypatch):
+    def fail(*shape, **options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(benchmark, "alternately", lambda functions, *rest, **named: {key: {} for key in functions})
+    answers = benchmark.time_answer(CPU)
+    assert [next(answers)["model"] for _ in range(3)] == ["sleep"] * 3
+    monkeypatch.setattr(torch, "randn", fail)
+    if "memory" in message:
+        assert list(answers) == []
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            list(answers)

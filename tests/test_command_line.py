@@ -191,6 +191,7 @@ def test_without_a_run_there_is_nothing_to_evaluate(capsys, monkeypatch):
         (MemoryError("there is no memory for S"), "there is no memory for S"),
         (MemoryError(), "MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
     ],
     ids=repr,
 )

@@ -68,7 +68,7 @@ def test_the_page_holds_every_picture_and_its_words():
     page = Page(explorer.page())
     data = json.loads(page.data)
     pairs = [(n, depth) for n in (1, 2, 4) for depth in (1, 3)]
-    assert data["values"] == [[1, 2, 4], [1, 3]]
+    assert data["values"] == [["1", "2", "4"], ["1", "3"]]
     assert data["words"] == [describe(*pair) for pair in pairs]
     assert [base64.b64decode(frame) for frame in data["frames"]] == [explorer.frame(*pair) for pair in pairs]
     assert len(set(data["frames"])) == 6
@@ -82,7 +82,7 @@ def test_words_on_a_slider_and_of_a_picture_are_no_part_of_the_page():
     words = "<!-- <script>"  # after which a browser takes the end of the script for a part of it
     page = Page(explore(lambda n, depth: gradient(1, 1), ("<b>one</b>",), (1,), lambda n, depth: words).page())
     assert page.all("b") == [] and "<" not in page.data
-    assert json.loads(page.data)["words"] == [words] and json.loads(page.data)["values"] == [["<b>one</b>"], [1]]
+    assert json.loads(page.data)["words"] == [words] and json.loads(page.data)["values"] == [["<b>one</b>"], ["1"]]
 
 
 def test_the_sliders_of_the_page_are_labelled_and_reach_every_value():
@@ -94,6 +94,10 @@ def test_the_sliders_of_the_page_are_labelled_and_reach_every_value():
     assert ids == [label["for"] for label in page.all("label")] == [shown["for"] for shown in page.all("output")]
     assert len(set(ids)) == 2
     assert any(p.get("aria-live") == "polite" for p in page.all("p"))
+
+
+def test_numbers_of_numpy_can_stand_on_a_slider():
+    assert '"values": [["1", "2"], ["3"]]' in explore(gradient, numpy.arange(1, 3), numpy.array([3]), describe).page()
 
 
 def test_two_explorers_on_one_page_do_not_share_ids():

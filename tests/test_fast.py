@@ -121,12 +121,33 @@ def test_what_there_is_no_code_for_goes_in_chunks(d_k, d_v, dtype, calls):
     assert not calls
 
 
+@pytest.mark.parametrize("way", ["grad", "vmap", "grad of each", "jvp", "grad of grad"])
+def test_torch_func_works_on_the_rule(way, calls):
+    func, inputs = torch.func, make_inputs(2, 2, 5, 16, 16, "little", torch.float32)
+
+    def found(rule):
+        def loss(*tensors):
+            return sum(x.square().sum() for x in rule(*tensors))
+
+        gradient, each = func.grad(loss, argnums=tuple(range(6))), [torch.stack((x, x.flip(0))) for x in inputs]
+        return {
+            "grad": lambda: gradient(*inputs),
+            "vmap": lambda: func.vmap(rule)(*each),
+            "grad of each": lambda: func.vmap(gradient)(*each),
+            "jvp": lambda: func.jvp(rule, inputs, inputs)[1],
+            "grad of grad": lambda: func.grad(lambda S: gradient(*inputs[:5], S)[5].square().sum())(inputs[5]),
+        }[way]()
+
+    torch.testing.assert_close(found(gated_delta_fast), found(gated_delta), rtol=1e-4, atol=1e-3)
+    assert not calls
+
+
 def test_one_can_do_without(calls):
     inputs = make_inputs(1, 2, 7, 16, 16, dtype=torch.float32)
     before = fast.cpp_is_available()
-    with fast.without_cpp():
+    with fast.without_compiled_rule():
         assert not fast.cpp_is_available()
-        with fast.without_cpp():
+        with fast.without_compiled_rule():
             pass
         found = gated_delta_fast(*inputs)
     assert fast.cpp_is_available() is before and not calls

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from sleepedu import layers
+from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.fast_weights import gated_delta
+from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.sleep_loop import run_episode
+from sleepedu.session import Session
+from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled
 from sleepedu.tasks import GraphRetrieval
+from sleepedu.trace import SleepTrace
 from sleepedu.training import score
 
 TOKENS = torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -39,6 +43,13 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     assert_close(rotate(q, 0), q)
     assert_close(rotate(q, 9) @ rotate(k, 5).T, rotate(q, 4) @ rotate(k, 0).T)
     assert not torch.allclose(rotate(q, 9) @ rotate(k, 5).T, rotate(q, 9) @ rotate(k, 0).T)
+
+
+def test_rotation_is_as_exact_as_what_it_turns():
+    x = torch.ones(1, 4, dtype=torch.float64)
+    turned = rotate(x, start=12_345)
+    angle = 12_345 * 1e-2  # of the second pair of channels
+    assert turned[0, 1].item() == pytest.approx(math.cos(angle) - math.sin(angle), abs=1e-12)
 
 
 def test_fast_weight_mixer_is_the_gated_delta_rule(make_model):
@@ -154,6 +165,50 @@ def test_one_token_with_no_convolution_reach_streams_too(make_model):
 
 def test_cache_of_a_window_starts_empty(make_model):
     assert make_model("ag").empty_cache() == [WindowCache(), WindowCache()]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_gradient_for_every_sequence_is_the_gradient_of_each(make_model):
+    model = make_model("ag")
+    parameters = dict(model.named_parameters())
+
+    def loss(given, tokens):
+        return torch.func.functional_call(model, given, (tokens[None],))[0].square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, TOKENS)
+    for i, tokens in enumerate(TOKENS):
+        wanted = torch.autograd.grad(loss(parameters, tokens), list(parameters.values()))
+        for gradient, same in zip(each.values(), wanted, strict=True):
+            assert_close(gradient[i], same, 1e-4)
+
+
+def test_a_model_can_be_exported(make_model):
+    model = make_model("ag").eval()
+    exported = torch.export.export(model, (TOKENS,))
+    assert_close(exported.module()(TOKENS)[0], model(TOKENS)[0])
+
+
+@pytest.mark.parametrize("layout", ["ag", "aa", "AA"])
+def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, make_model):
+    task = GraphRetrieval(nodes=5, hops=2, queries=4)
+    model = make_model(layout).to("meta")
+    episode = task.sample(3, torch.Generator().manual_seed(0)).to("meta")
+    assert run_episode(model, episode, 1).shape == (3, 8, 11)
+    if layout == "ag":
+        session = Session(model, 10, 2, 3)
+        session.read(episode.windows[:, 0])
+        assert session.answer(episode.prompt).shape == (3, 8, 11) and session.S[0].shape == (3, 2, 8, 8)
+        trace = SleepTrace()
+        sleep(model, episode.windows[:, 0], passes=2, trace=trace)
+        assert trace.changes().shape == (2, 1)
+        for needs_numbers in (
+            lambda: accuracy_by_depth(model, task, 1),
+            lambda: sleep_until_settled(model, episode.windows[:, 0]),
+            lambda: Session(model, 10, 2, tolerance=0.1),
+            lambda: probe_model(model, task, Settings(passes=1)),
+        ):
+            with pytest.raises(ValueError, match="the model is on meta, which knows shapes and no numbers"):
+                needs_numbers()
 
 
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):

@@ -215,6 +215,14 @@ def test_what_a_pass_does_to_each_head(make_model):
     torch.testing.assert_close(trace.changes(by_head=True)[2, 1, 0], change)
 
 
+def test_an_S_that_stays_0_has_changed_by_0(make_model):
+    model, trace = make_model("g"), SleepTrace()
+    with torch.no_grad():
+        model.layers[0].mixer.project.weight.zero_()
+        sleep(model, torch.randint(11, (3, 6)), passes=2, trace=trace)
+    assert not trace.stack().any() and not trace.changes().any()
+
+
 def test_the_trace_holds_the_hidden_states_that_made_S(make_model):
     model, trace = make_model("ag"), SleepTrace()
     with torch.no_grad():

@@ -1,18 +1,23 @@
 """Whatever comes in, the result has the shape, the range and the kind it should have, or is a documented error."""
 
 import functools
+import inspect
+import itertools
 import math
-from dataclasses import fields
+import time
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from soak import COUNTS, SOAK
+from soak import COUNTS, LARGEST, SOAK, size
+from test_fast_weights import NAMES
 
 from sleepedu.__main__ import main
 from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.fast import gated_delta_fast
 from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked, hebbian
 from sleepedu.intervals import Accuracy, across_seeds, wilson_interval
 from sleepedu.lab import experiments, recipes, run_store
@@ -21,10 +26,10 @@ from sleepedu.model import CARRIES, ModelConfig, SleepLM
 from sleepedu.pictures.explorer import explore
 from sleepedu.session import Session
 from sleepedu.sleep_loop import run_episode, sleep, wake
-from sleepedu.tasks import TASKS, CellularAutomaton, GraphRetrieval
+from sleepedu.tasks import TASKS, CellularAutomaton, Episode, GraphRetrieval
 from sleepedu.tasks.math_reasoning import MathReasoning
 from sleepedu.tasks.random_streams import stream
-from sleepedu.training import TrainConfig
+from sleepedu.training import TrainConfig, score, train
 
 common = {
     "deadline": None,
@@ -47,6 +52,25 @@ def holds(**strategies):
             return test(*arguments, **named)
 
         return counted
+
+    return wrap
+
+
+def holds_for_long(**strategies):
+    """Like ``holds``, but again and again with other examples for ten minutes in `make soak`."""
+
+    def wrap(test):
+        @functools.wraps(test)
+        def repeated(*arguments, **named):
+            end = time.monotonic() + size(0, 600)
+            holds(**strategies)(test)(*arguments, **named)
+            while time.monotonic() < end:
+                holds(**strategies)(test)(*arguments, **named)
+
+        del repeated.__wrapped__  # whose arguments would be taken for fixtures
+        parameters = inspect.signature(test).parameters.values()
+        repeated.__signature__ = inspect.Signature([p for p in parameters if p.name not in strategies])
+        return repeated
 
     return wrap
 
@@ -167,7 +191,7 @@ numbers = st.one_of(odd, st.floats())
 @holds(
     chosen=some(
         passes=odd, steps=odd, batch=odd, seed=odd, learning_rate=numbers, adam_learning_rate=numbers, warmup=odd,
-        decay=numbers, weight_decay=numbers, clip=numbers, autocast=st.sampled_from(["", "bfloat16", "int8", None]),
+        decay=numbers, weight_decay=numbers, clip=numbers, precision=st.sampled_from(["auto", "bfloat16", "int8", None]),
     )
 )  # fmt: skip
 def test_training_settings_are_usable_or_refused(chosen):
@@ -333,6 +357,144 @@ def test_the_rules_keep_their_shapes_and_the_chunked_form_agrees(shape, chunk, w
     fast_o, fast_S = gated_delta_chunked(*tensors.values(), chunk=chunk)
     torch.testing.assert_close(fast_o, o, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(fast_S, S, rtol=1e-3, atol=1e-4)
+
+
+# Gates of any size
+
+
+LEAST = torch.finfo(torch.float32).min
+gates = st.one_of(
+    st.sampled_from([0.0, -1e-45, -1e-7, -0.01, -1.0, -20.0, -87.0, -88.8, -103.0, -104.0, -1e4, LEAST, -math.inf]),
+    st.floats(max_value=0.0, width=32, allow_nan=False),
+)
+
+
+def largest_so_far(a, sizes, first):
+    """Return for every token the largest of its size and those before it, each times the gates since: (b, h, t)."""
+    largest = [first]
+    for t in range(sizes.shape[-1]):
+        largest.append(torch.maximum(sizes[..., t], a[..., t] * largest[-1]))
+    return torch.stack(largest[1:], dim=-1)
+
+
+def exact(inputs, delta, do, dS_end):
+    """Return outputs and gradients of the recurrence in float64, and the size of the numbers that each is a sum of."""
+    q, k, v, log_a, b, S_before = inputs = [x.double().requires_grad_() for x in inputs]
+    a, S, outputs, kept, states = log_a.exp(), S_before, [], [], []
+    for t in range(q.shape[2]):
+        kept.append(a[:, :, t, None, None] * S)
+        w = v[:, :, t] - (kept[-1] @ k[:, :, t, :, None])[..., 0] * delta
+        S = kept[-1] + (b[:, :, t, None] * w)[..., None] * k[:, :, t, None]
+        S.retain_grad()
+        states.append(S)
+        outputs.append((S @ q[:, :, t, :, None])[..., 0])
+    o = torch.stack(outputs, dim=2)
+    ((o * do).sum() + (S * dS_end).sum()).backward()
+    with torch.no_grad():
+        Q, K, V, DO = (x.double().norm(dim=-1) for x in (q, k, v, do))  # all of them (b, h, t)
+        kept = torch.stack(kept, dim=2).norm(dim=(-2, -1))
+        W, back = V + kept * K * delta, 1 + b * K.square() * delta
+        # What a write has taken out of S was in it before, and is still in the sums of a chunk: only a gate forgets.
+        S_size = largest_so_far(a, kept + b * W * K, S_before.norm(dim=(-2, -1)))
+        dS = torch.stack([state.grad for state in states], dim=2).norm(dim=(-2, -1)) + DO * Q
+        dS_end = dS_end.double().norm(dim=(-2, -1))
+        later = torch.cat((a[..., 1:], torch.ones_like(a[..., :1])), dim=-1)
+        dS = largest_so_far(later.flip(-1), (dS * back).flip(-1), dS_end).flip(-1)
+        before = a * torch.cat((S_before.norm(dim=(-2, -1))[..., None], S_size[..., :-1]), dim=-1)
+        W = V + before * K * delta
+        sizes = (
+            *(S_size * Q, S_size[..., -1], S_size * DO, b * dS * (W + before * K * delta), b * dS * K),
+            *(before * dS, W * dS * K, a[..., 0] * dS[..., 0]),
+        )
+    found = (o, S, *(x.grad for x in inputs))
+    return {name: (x.detach(), size) for name, x, size in zip(("o", "the last S", *NAMES), found, sizes, strict=True)}
+
+
+@pytest.mark.parametrize("rule", [gated, gated_delta, gated_delta_chunked, gated_delta_fast], ids=lambda r: r.__name__)
+@holds_for_long(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 300), st.sampled_from([3, 16, 32])),
+    some_gates=st.lists(gates, min_size=1, max_size=4), strengths=st.sampled_from([(0, 2), (1, 1), (0, 1e-3), (2, 2)]),
+    scale=st.sampled_from([0.0, 1.0, 1e3]), same_keys=st.booleans(), chunk=st.integers(1, 300),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_a_rule_is_exact_for_gates_of_any_size(rule, shape, some_gates, strengths, scale, same_keys, chunk, seed):
+    batch, heads, length, d = shape
+    draw = generator(seed)
+    q, k, v, do = torch.randn(4, batch, heads, length, d, generator=draw)
+    k = torch.nn.functional.normalize(k[:, :, :1].expand_as(k) if same_keys else k, dim=-1)
+    S, dS_end = torch.randn(2, batch, heads, d, d, generator=draw)
+    least, most = strengths
+    b = least + (most - least) * torch.rand(batch, heads, length, generator=draw)
+    log_a = torch.tensor(some_gates)[torch.randint(len(some_gates), b.shape, generator=draw)]
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, log_a, b, scale * S)]
+    o, S_end = rule(*inputs, **{"chunk": chunk} if rule is gated_delta_chunked else {})
+    gradients = torch.autograd.grad((o, S_end), inputs, (do, dS_end))
+    wanted = exact([x.detach() for x in inputs], rule is not gated, do, dS_end)
+    for found, (name, (right, parts)) in zip((o, S_end, *gradients), wanted.items(), strict=True):
+        assert found.isfinite().all(), name
+        error = (found.double() - right).abs().reshape(*parts.shape, -1).amax(dim=-1)
+        worst = (error / (parts + 1e-30)).max().item()
+        what = f"{rule.__name__}: error of {name} by its size"
+        LARGEST[what] = max(worst, LARGEST[what])
+        assert worst < 2e-5, f"{name} is off by {worst:.1e} of its own size"
+
+
+@holds_for_long(
+    rate=st.floats(-60, 60, width=32), bias=st.floats(-(2.0**120), 2.0**120, width=32), length=st.integers(1, 300),
+    layout=st.sampled_from(["g", "ag"]), passes=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_model_with_gates_of_any_size_gives_numbers_and_gradients(rate, bias, length, layout, passes, seed):
+    model = model_of(layout, "inject", seed)
+    mixer = model.layers[-1].mixer
+    with torch.no_grad():
+        mixer.decay_rate.fill_(rate)
+        mixer.gates.bias[:2] = bias
+    tokens = torch.randint(7, (2, length), generator=generator(seed))
+    logits = wake(model, tokens[:, -5:], sleep(model, tokens, passes=passes))
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@holds_for_long(
+    batch=st.integers(1, 4), length=st.integers(1, 300), asked=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    scale=st.sampled_from([0.0, 1.0, 1e4, 1e30]), count=st.sampled_from([0, 0.5, 7]), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_a_score_is_a_number_whatever_is_asked(batch, length, asked, scale, count, seed):
+    draw = generator(seed)
+    tokens = torch.randint(7, (batch, length), generator=draw)
+    targets = tokens.where(torch.rand(batch, length, generator=draw) < asked, -100)
+    episode = Episode(tokens[:, None], tokens, targets, torch.zeros_like(tokens))
+    logits = (scale * torch.randn(batch, length, 7, generator=draw)).requires_grad_()
+    loss, right = score(logits, episode, count)
+    loss.backward()
+    assert right >= 0 and loss.isfinite() and logits.grad.isfinite().all()
+    same = logits.detach().double().requires_grad_()
+    wanted = score(same, episode, count)[0]
+    wanted.backward()
+    assert abs(loss.item() - wanted.item()) <= 1e-5 * wanted.item() + 1e-6  # a small one is the log of almost 1
+    assert (logits.grad - same.grad).abs().max() <= 1e-5 * same.grad.abs().max() + 1e-6
+    assert bool(episode.asked.any()) or (loss.item(), right.item(), logits.grad.abs().sum().item()) == (0, 0, 0)
+
+
+@holds_for_long(
+    silent=st.sets(st.integers(0, 3)), batch=st.integers(1, 3), passes=st.integers(1, 2), seed=st.integers(0, 99)
+)
+def test_training_and_measuring_go_on_where_a_batch_asks_nothing(silent, batch, passes, seed):
+    drawn = itertools.count()
+
+    @dataclass(frozen=True)
+    class Silent(GraphRetrieval):
+        def sample(self, size, generator, depth=None):
+            episode = super().sample(size, generator, depth)
+            nothing = size == batch and next(drawn) in silent
+            return replace(episode, targets=episode.targets.masked_fill(torch.tensor(nothing), -100))
+
+    task, model = Silent(nodes=4, hops=2, queries=2), SleepLM(ModelConfig(7, "ag", 8, 2))
+    history = train(model, task, TrainConfig(passes=passes, steps=4, batch=batch, seed=seed))
+    assert all(math.isfinite(loss) for loss in history.loss)
+    assert [history.loss[step] == 0 for step in range(4)] == [step in silent for step in range(4)]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 # Numbers and pictures

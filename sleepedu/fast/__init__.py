@@ -14,21 +14,21 @@ from torch import Tensor
 from sleepedu.fast import cpp, operator
 from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
-_TRITON = importlib.util.find_spec("triton") is not None
+_triton: bool = importlib.util.find_spec("triton") is not None
 _cpp: bool | None = None  # a plain value, which torch.compile can read; None until it is first asked for
 
 
 def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Compute ``gated_delta`` the fastest way there is here: compiled where it can be, else by ``gated_delta_chunked``.
 
-    There is compiled code for float32 and the sizes in ``operator.MULTIPLES``. Raises ValueError as the rules do; its
-    gradient MemoryError where a CPU has no memory for S after each token.
+    There is compiled code for float32 and the sizes in ``operator.MULTIPLES``; inside ``torch.func`` it is the chunks.
+    Raises ValueError as the rules do; its gradient MemoryError where a CPU has no memory for S after each token.
     """
     check_inputs(q, k, v, log_a, b, S)
     multiple = operator.MULTIPLES.get(q.shape[-1])
     fits = multiple is not None and v.shape[-1] % multiple == 0 and q.dtype == torch.float32
     available = {"cpu": cpp_is_available, "cuda": triton_is_available}.get(q.device.type)
-    if fits and available is not None and available():
+    if fits and available is not None and not torch._C._are_functorch_transforms_active() and available():
         return operator.GatedDelta.apply(q, k, v, log_a, b, S)
     return gated_delta_chunked(q, k, v, log_a, b, S)
 
@@ -42,16 +42,17 @@ def cpp_is_available() -> bool:
 
 
 def triton_is_available() -> bool:
-    """Return whether there is a Triton to compile the rule for a GPU."""
-    return _TRITON
+    """Return whether the rule runs in Triton on a GPU."""
+    return _triton
 
 
 @contextlib.contextmanager
-def without_cpp() -> Iterator[None]:
-    """Do without the rule in C++ meanwhile."""
-    global _cpp
-    before, _cpp = _cpp, False
+def without_compiled_rule() -> Iterator[None]:
+    """Do without the rule in C++ and in Triton meanwhile: it runs in chunks."""
+    global _cpp, _triton
+    before = _cpp, _triton
+    _cpp = _triton = False
     try:
         yield
     finally:
-        _cpp = before
+        _cpp, _triton = before

@@ -16,10 +16,9 @@ from sleepedu.fast.cpp import compiled_code
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether torch.compile finds what it needs: for a CPU C++ that works and Python.h, for a GPU Triton."""
-    if device.type != "cpu":
-        return importlib.util.find_spec("triton") is not None
-    return compiled_code() is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    """Return whether torch.compile finds what it needs: C++ that works and Python.h, and for a GPU Triton as well."""
+    here = compiled_code() is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    return here and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK, WARPS = 32, 8  # tokens; of 32 threads, for one program
+CHUNK, WARPS = 32, 4  # tokens; of 32 threads, for one program
 ROWS = 64  # rows of S that a program takes at most; other programs take the others
 
 
@@ -193,7 +193,7 @@ def decays(a, t, next, length, C: tl.constexpr):
 
 @triton.jit
 def system(k, b, decay, tokens, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Return (k_t . k_i) decay for i < t, and the inverse of the system that gives w, I + that times b_i; both (c, c)."""
+    """Return (k_t . k_i) decay for i < t, and the inverse of what gives w, I + that times b_i; both (c, c)."""
     i = tl.arange(0, C)
     alike = tl.where(i[:, None] > i[None, :], dot(k, k.T, PRECISION) * decay, 0.0)
     lower = alike * b[None, :]

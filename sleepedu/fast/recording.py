@@ -27,25 +27,37 @@ class Recorded:
     def __call__(self, episode: Episode, passes: int) -> tuple[Tensor, ...]:
         if passes not in self.recordings:
             self.recordings[passes] = self._record(episode, passes)
-        graph, inputs, results, gradients = self.recordings[passes]
+        replay, inputs, results, gradients = self.recordings[passes]
         for name, tensor in vars(inputs).items():
             tensor.copy_(getattr(episode, name))
-        graph.replay()
+        replay()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         return results
 
     def _record(self, episode: Episode, passes: int) -> tuple:
         inputs = Episode(**{name: tensor.clone() for name, tensor in vars(episode).items()})
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self.function(inputs, passes)
-        torch.cuda.current_stream().wait_stream(aside)
-        for parameter in self.parameters:
-            parameter.grad = None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = self.function(inputs, passes)
-        return graph, inputs, results, [parameter.grad for parameter in self.parameters]
+        results = []
+
+        def function() -> None:
+            for parameter in self.parameters:
+                parameter.grad = None  # what is recorded makes new ones
+            results[:] = self.function(inputs, passes)
+
+        replay = recorded(function)
+        return replay, inputs, tuple(results), [parameter.grad for parameter in self.parameters]
+
+
+def recorded(function: Callable[[], object]) -> Callable[[], None]:
+    """Record what a function gives a GPU to do, and return what does it again, with the same places in memory."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on as they like: one of them brings the next batches into pinned memory.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from sleepedu.fast import gated_delta_fast, without_cpp
+from sleepedu.fast import gated_delta_fast, without_compiled_rule
 from sleepedu.fast.compiling import can_compile, compiled_blocks, keep_freed_memory
+from sleepedu.fast.precision import tf32
+from sleepedu.fast.recording import Recorded, recorded
 from sleepedu.fast_weights import gated_delta_chunked
 from sleepedu.lab.recipes import RECIPES, Experiment
 from sleepedu.layers import WindowCache
@@ -31,15 +33,37 @@ from sleepedu.sleep_loop import sleep
 from sleepedu.tasks.random_streams import TRAINING, stream
 from sleepedu.training import AnsweringEpisodes, begin_training, find_gradients, training_step
 
-RULE_SHAPES = ((64, 4, 24, 16), (64, 4, 24, 64), (32, 4, 75, 64), (4, 4, 2048, 64))  # batch, heads, length, size
+RULE_SHAPES = {  # batch, heads, length, size
+    "cpu": ((64, 4, 24, 16), (64, 4, 24, 64), (32, 4, 75, 64), (4, 4, 2048, 64)),
+    "cuda": ((512, 4, 24, 64), (128, 8, 75, 64), (512, 4, 128, 64), (4, 4, 2048, 64)),
+}
+ON_A_CPU = ("smoke", "laptop")  # the sizes whose steps are timed there
 PASSES = (1, 2, 4, 8)
 WINDOWS = (16, 64, 256)
 READ_BEFORE = (1_000, 10_000, 100_000, 1_000_000)
 WINDOW = 64  # of the streams here
 MODEL = ModelConfig(vocabulary=64, layout="agag", width=64)
-PEERS = {  # where there is another library with the same rule
-    "cpu": ("transformers", "transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"),
-    "cuda": ("flash-linear-attention", "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+
+
+class Peer(NamedTuple):
+    """Another library with the same rule: where it is, how it is called, and what power of d_k it divides o by."""
+
+    library: str
+    module: str
+    name: str
+    options: dict[str, Any]
+    power: float
+
+
+PEERS = {
+    "cpu": Peer(
+        *("transformers", "transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"), {}, 0.5
+    ),
+    "cuda": Peer(
+        *("flash-linear-attention", "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+        {"scale": 1.0, "state_v_first": True},
+        0.0,
+    ),
 }
 
 Row = dict[str, Any]
@@ -80,18 +104,20 @@ def count_operations(function: Callable[[], object]) -> int:
         counter.flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = flop_registry[
             getattr(aten, attention + end)
         ]
-    with without_cpp(), counter:
+    with without_compiled_rule(), counter:
         function()
     return counter.get_total_flops()
 
 
 def time_rule(device: torch.device) -> Iterator[Row]:
     """Time the gated delta rule, forward and backward, against another library's, where one is installed."""
-    library, module, name = PEERS[device.type]
+    peer = PEERS[device.type]
     rules: dict[str, Callable] = {"ours": gated_delta_fast, "chunked": gated_delta_chunked}
     with contextlib.suppress(ImportError):
-        rules["theirs"] = partial(_theirs, getattr(importlib.import_module(module), name))
-    for batch, heads, length, size in RULE_SHAPES:
+        rules["theirs"] = partial(
+            _theirs, partial(getattr(importlib.import_module(peer.module), peer.name), **peer.options)
+        )
+    for batch, heads, length, size in RULE_SHAPES[device.type]:
         draw = torch.Generator().manual_seed(0)
         q, k, v, do = (torch.randn(batch, length, heads, size, generator=draw) for _ in range(4))
         log_a, b = (torch.rand(batch, length, heads, generator=draw) for _ in range(2))
@@ -100,11 +126,16 @@ def time_rule(device: torch.device) -> Iterator[Row]:
         S, dS = torch.zeros(2, batch, heads, size, size, device=device)
         given = [x.requires_grad_() for x in (*inputs, S)]
         ways = {way: partial(_there_and_back, rule, given, (do, dS)) for way, rule in rules.items()}
-        row: Row = {"batch": batch, "heads": heads, "length": length, "size": size, **alternately(ways, device)}
+        row: Row = {"batch": batch, "heads": heads, "length": length, "size": size}
+        with tf32("auto", device):
+            if "theirs" in ways:
+                row["peer"] = f"{peer.library} {metadata.version(peer.library)}"
+                row["largest difference"] = (ways["ours"]() - ways["theirs"]() * size**peer.power).abs().max().item()
+            if device.type == "cuda":  # as in training: what the GPU does, not how long Python takes to say it
+                ways = {way: recorded(function) for way, function in ways.items()}
+            row |= alternately(ways, device)
         if "theirs" in ways:
-            row["peer"] = f"{library} {metadata.version(library)}"
             row["ratio"] = round(row["theirs"]["ms"] / row["ours"]["ms"], 2)
-            row["largest difference"] = (ways["ours"]() - ways["theirs"]() * size**0.5).abs().max().item()
         yield row
 
 
@@ -123,32 +154,38 @@ def _there_and_back(rule: Callable, given: list[Tensor], gradients: tuple[Tensor
 def time_step(device: torch.device) -> Iterator[Row]:
     """Time a whole training step, plain and compiled, and compare it with its matrix products alone.
 
-    share: the time that this machine's matrix product, at its fastest (two square matrices of 1,024), would take for
-    the floating-point operations of the step, divided by the step's.
+    On a GPU the compiled one is recorded too. share: the time that this machine's matrix product, at its fastest (two
+    square matrices of 1,024, on a GPU 8,192), would take for the floating-point operations of the step, divided by the
+    step's.
     """
     keep_freed_memory()
-    square = torch.randn(1024, 1024, device=device)
+    on_gpu = device.type == "cuda"
+    side = 8192 if on_gpu else 1024
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     product = alternately({"product": lambda: square @ square}, device)["product"]["ms"]
-    sizes = ("smoke", "laptop", "paper") if device.type == "cuda" else ("smoke", "laptop")
-    for task, size, passes in ((*key, passes) for key in RECIPES if key[1] in sizes for passes in (1, 4)):
+    keys = [("rule110", "paper")] if on_gpu else [key for key in RECIPES if key[1] in ON_A_CPU]
+    for task, size, passes in ((*key, passes) for key in keys for passes in (4, 1)):
         experiment = Experiment(task, size, passes=passes)
         config, questions, ways = experiment.train_config, experiment.make_task(), {}
         episode = questions.sample(config.batch, stream(0, TRAINING, 0)).to(device)
         with contextlib.ExitStack() as stack:
             for way in ("plain", "compiled") if can_compile(device) else ("plain",):
                 model = SleepLM(experiment.model_config).to(device)
-                if way == "compiled":
-                    stack.enter_context(compiled_blocks(model))
                 state = begin_training(model, questions, config)
                 gradients = partial(find_gradients, state, AnsweringEpisodes(model))
+                if way == "compiled":
+                    stack.enter_context(compiled_blocks(model))
+                    gradients = Recorded(gradients, model.parameters()) if on_gpu else gradients
                 ways[way] = partial(training_step, state, gradients, episode, passes, config.clip)
+            stack.enter_context(tf32(state.precision, device))
             found = alternately(ways, device)
-        best, operations = min(way["ms"] for way in found.values()), count_operations(ways["plain"])
+            operations = count_operations(ways["plain"])
+        best = min(way["ms"] for way in found.values())
         yield {
-            **{"task": task, "size": size, "passes": passes, **found},
+            **{"task": task, "size": size, "passes": passes, "precision": state.precision, **found},
             "tokens a second": round(1e3 * config.batch * questions.tokens_per_example / best),
             "operations": operations,
-            "share": round(operations / (2 * 1024**3) * product / best, 3),
+            "share": round(operations / (2 * side**3) * product / best, 3),
         }
 
 
@@ -191,8 +228,10 @@ def time_answer(device: torch.device) -> Iterator[Row]:
                 torch.randn(2, 1, MODEL.heads, read, MODEL.width // MODEL.heads, device=device) for _ in MODEL.layout
             ]
             row = alternately({"": partial(answer, [WindowCache(*layer) for layer in kept])}, device, 100)[""]
-        except RuntimeError:  # out of memory
-            return
+        except RuntimeError as error:  # out of memory
+            if "memory" in str(error):
+                return
+            raise
         yield {"model": "transformer", "passes": 1, "read": read} | row | {"held": sum(layer.nbytes for layer in kept)}
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, check_examples
-from sleepedu.fast import without_cpp
+from sleepedu.fast import without_compiled_rule
 from sleepedu.fast.compiling import can_compile
+from sleepedu.fast.precision import choose_precision
 from sleepedu.intervals import differing
 from sleepedu.lab import results, run_store
 from sleepedu.lab.recipes import Experiment
@@ -41,7 +42,7 @@ def run(
 
     Looks in the committed store, if it may, then in ``directory``, where a new run goes; an interrupted run is resumed.
     watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
-    more on a CPU. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
+    more. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
     another process is training the same run; OSError when it cannot be written.
     """
@@ -56,7 +57,7 @@ def run(
             return found
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)
     if compile is None:
-        compile = where.type == "cpu" and config.steps >= 1000 and can_compile(where)
+        compile = config.steps >= 1000 and can_compile(where)
     with ExitStack() as stack:
         with ranks_together(where, config.batch):
             rank, ranks = rank_and_ranks()
@@ -69,6 +70,7 @@ def run(
             return None
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
         made = {"compiled": compile and can_compile(where), "recomputed": recompute, "ranks": ranks}
+        made["precision"] = choose_precision(config.precision, where)
         stored = save_run(path, experiment, model, history, table, made)
         checkpoint.remove()
         return stored
@@ -95,7 +97,7 @@ def reproduce(
             return compare(stored, load_run(path))
         torch.set_num_threads(made["threads"])
         try:
-            with nullcontext() if made.get("kernel", False) else without_cpp():
+            with nullcontext() if made.get("kernel", False) else without_compiled_rule():
                 again = run(stored.experiment, made["device"], folder, watch, examples, **how)
         finally:
             torch.set_num_threads(threads)

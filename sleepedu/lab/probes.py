@@ -139,6 +139,7 @@ def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any
     """
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights to probe: use one with 'g'")
+    checks.has_numbers(model.head.weight.device)
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
     steps, states = hidden_states(task, episode)
     classes = int(states.max()) + 1
@@ -152,7 +153,7 @@ def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any
     windows, labels = [episode.windows[part, 0] for part in parts], [states[part] for part in parts]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        untrained = SleepLM(model.config).eval()
+        untrained = SleepLM(model.config).to(model.head.weight).eval()
     answers = _read(model, task, settings, windows, labels)
     answers |= {f"untrained {reader}": x for reader, x in _read(untrained, task, settings, windows, labels).items()}
     facts = [F.one_hot(part[:, 0], classes).flatten(1) for part in labels]
@@ -180,6 +181,8 @@ def _read(
 
     windows: (b, l) of the examples to fit, to choose and to test; labels: (b, steps, items) of the same.
     """
+    device = model.head.weight.device
+    windows, labels = [part.to(device) for part in windows], [part.to(device) for part in labels]
     classes, questions = int(torch.cat(labels).max()) + 1, _questions(task)
     others = (torch.randperm(len(y), generator=stream(settings.seed, TESTING, EXAMPLES + 2)) for y in labels)
     both = [torch.cat((y, y[other]), dim=1) for y, other in zip(labels, others, strict=True)]
@@ -191,14 +194,14 @@ def _read(
         for position, question in enumerate(questions.values()):
             if question is None:
                 continue
-            prompt, asked = question
+            prompt, asked = question[0].to(device), question[1]
             awake[:, position] = wake(model, prompt.expand(len(labels[2]), -1), S[2])[:, asked].argmax(dim=-1)
             reads = [read_by_query(model, prompt, part, asked) for part in S]
             for item in range(labels[2].shape[2]):
                 wanted = [y[:, position, item, None, None] for y in labels]
                 by_query[:, position, item] = read_out([x[:, item] for x in reads], wanted, classes)[:, 0, 0]
         for given, named in zip(answers.values(), (*read, by_query, awake), strict=True):
-            given.append(named)
+            given.append(named.cpu())
     return answers
 
 
@@ -275,8 +278,8 @@ def read_out(features: Iterable[Tensor], labels: Iterable[Tensor], classes: int)
     variance, basis = torch.linalg.eigh(fit.T @ fit / len(fit))
     weights = basis.T @ (fit.T @ (wanted - base).flatten(1)) / len(fit)
     choose, test = choose @ basis, test @ basis
-    least = torch.full((wanted.shape[1],), math.inf, dtype=torch.double)
-    answers = torch.zeros(len(test), *wanted.shape[1:3], dtype=torch.long)
+    least = test.new_full((wanted.shape[1],), math.inf)
+    answers = test.new_zeros(len(test), *wanted.shape[1:3], dtype=torch.long)
     for ridge in RIDGES:
         scaled = weights / (variance.clamp_min(0) + ridge)[:, None]
         error = ((choose @ scaled).view_as(aim) + base - aim).square().mean(dim=(0, 2, 3))

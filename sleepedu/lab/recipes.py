@@ -83,6 +83,19 @@ RECIPES = {
         {"steps": 97_656, "batch": 512, **PAPER},
     ),
 }
+# What a GPU of Colab's, a T4, trains in a quarter of an hour.
+COLAB = {"batch": 256, "learning_rate": 0.005, "adam_learning_rate": 0.005, "warmup": 200}
+RECIPES[("rule110", "colab")] = Recipe(
+    {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
+    {"layout": "agag", "width": 128, "positions": 24},
+    {"steps": 5000, **COLAB},
+)
+# The paper's model and form of the task, with a mixture of t, for an hour of a large GPU.
+RECIPES[("rule110", "mixture")] = Recipe(
+    {"cells": 24, "rows": 4, "steps": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), "ask": "first"},
+    {"layout": "agag", "width": 256, "positions": 24},
+    {"steps": 2000, "batch": 512, "learning_rate": 0.005, "adam_learning_rate": 0.002, "warmup": 100},
+)
 SIZES = tuple(dict.fromkeys(size for _, size in RECIPES))
 
 

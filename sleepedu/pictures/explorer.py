@@ -1,7 +1,9 @@
 """Two sliders, N and depth, over pictures of a real model's output.
 
 In the rendered page the pictures are computed beforehand and a few lines of JavaScript show the right one: no kernel,
-no other host. Where there is a kernel, ipywidgets sliders draw anew, and a button draws another example.
+no other host. Where there is a kernel, ipywidgets sliders draw anew, and a button draws another example. ``jupyter
+nbconvert --execute`` makes a page of these, for which it asks another host, unless it is told to keep no state of
+widgets: ``--ExecutePreprocessor.store_widget_state=False``.
 """
 
 import base64
@@ -109,7 +111,8 @@ class Explorer:
         if size > MOST_BYTES:
             raise ValueError(f"the pictures take {size} bytes, {MOST_BYTES} at most: draw them smaller or fewer")
         words = [self.describe(*pair) for pair in pairs]
-        data = json.dumps({"values": [self.passes, self.depths], "frames": frames, "words": words})
+        shown = [list(map(str, values)) for values in (self.passes, self.depths)]  # NumPy's numbers are none in JSON
+        data = json.dumps({"values": shown, "frames": frames, "words": words})
         data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
         shown = {"id": f"explorer-{uuid.uuid4().hex[:8]}", "frame": frames[0], "words": html.escape(words[0])}
         for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True)):
