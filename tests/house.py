@@ -47,7 +47,7 @@ ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", 
 FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
-LIMITS = {"core": 1050, "total": 4699}  # lines
+LIMITS = {"core": 1050, "total": 4700}  # lines
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 
