@@ -120,10 +120,7 @@ def probe(options: argparse.Namespace) -> None:
 
 def results(options: argparse.Namespace) -> None:
     runs = run_store.stored_runs(options.runs)
-    if options.json:
-        print(json.dumps([run.row() for run in runs], indent=1))
-    else:
-        print("\n".join(tables.lines(runs)))
+    print(json.dumps([run.row() for run in runs], indent=1) if options.json else "\n".join(tables.lines(runs)))
 
 
 def reproduce(options: argparse.Namespace) -> int:

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-import scipy  # its parts take half a second to load, which they do when they are first used
 
 Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 
@@ -45,7 +45,7 @@ def differing(one: Table, other: Table, comparisons: int) -> list[int]:
 
     That is, where Newcombe's interval for the difference leaves out 0, at 95% for so many comparisons together.
     """
-    z = scipy.special.ndtri(1 - 0.05 / (2 * comparisons))
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * comparisons))
     found = []
     for depth in one:
         less, more = sorted((one[depth], other[depth]), key=lambda a: a.accuracy)
@@ -64,11 +64,13 @@ def across_seeds(tables: list[Table]) -> Table:
         raise ValueError("there is no run to average")
     if len(tables) == 1:
         return tables[0]
+    from scipy.special import stdtrit  # in here, as SciPy takes half a second to load
+
     together = {}
     for depth in tables[0]:
         shares = np.array([table[depth].accuracy for table in tables])
         mean, error = shares.mean().item(), shares.std(ddof=1).item() / len(shares) ** 0.5
-        reach = float(scipy.special.stdtrit(len(shares) - 1, 0.975)) * error
+        reach = float(stdtrit(len(shares) - 1, 0.975)) * error
         majority = sum(table[depth].majority for table in tables) / len(tables)
         together[depth] = Accuracy(mean, max(0.0, mean - reach), min(1.0, mean + reach), len(tables), majority)
     return together
