@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK, WARPS = 32, 4  # tokens; of 32 threads, for one program
-ROWS = 64  # rows of S that a program takes at most; other programs take the others
+ROWS, NUMBERS = 64, 4096  # of S that a program takes at most; other programs take the other rows
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -250,7 +250,7 @@ def backward(
 def programs(q: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
     """Return the grid, one program for each sequence, head and part of S's rows, and what a kernel is made for."""
     d_k, d_v = q.shape[-1], v.shape[-1]
-    rows = min(ROWS, d_v & -d_v)
+    rows = min(NUMBERS // d_k, ROWS, d_v & -d_v)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     sizes = {
         "D_K": d_k,

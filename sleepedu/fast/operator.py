@@ -8,7 +8,8 @@ from torch import Tensor, library
 
 from sleepedu.fast import cpp
 
-MULTIPLES = {16: 16, 32: 16, 64: 16, 128: 16}  # the d_k there is code for, and what d_v has to be a multiple of
+MULTIPLES = {16: 16, 32: 8, 64: 4, 128: 4}  # the d_k there is code for, and what d_v has to be a multiple of on a CPU
+ON_A_GPU = 16  # and what on a GPU, whose units multiply matrices of 16 rows at least
 
 
 class GatedDelta(torch.autograd.Function):

@@ -37,7 +37,7 @@ class Recorded:
 
     def _record(self, episode: Episode, passes: int) -> tuple:
         inputs = Episode(**{name: tensor.clone() for name, tensor in vars(episode).items()})
-        results = []
+        results: list[Tensor] = []
 
         def function() -> None:
             for parameter in self.parameters:

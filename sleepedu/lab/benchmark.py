@@ -125,7 +125,9 @@ def time_rule(device: torch.device) -> Iterator[Row]:
         *inputs, do = (x.to(device).transpose(1, 2) for x in tokens)  # in memory as projections are, (b, l, h, ...)
         S, dS = torch.zeros(2, batch, heads, size, size, device=device)
         given = [x.requires_grad_() for x in (*inputs, S)]
-        ways = {way: partial(_there_and_back, rule, given, (do, dS)) for way, rule in rules.items()}
+        ways: dict[str, Callable] = {
+            way: partial(_there_and_back, rule, given, (do, dS)) for way, rule in rules.items()
+        }
         row: Row = {"batch": batch, "heads": heads, "length": length, "size": size}
         with tf32("auto", device):
             if "theirs" in ways:
@@ -172,7 +174,7 @@ def time_step(device: torch.device) -> Iterator[Row]:
             for way in ("plain", "compiled") if can_compile(device) else ("plain",):
                 model = SleepLM(experiment.model_config).to(device)
                 state = begin_training(model, questions, config)
-                gradients = partial(find_gradients, state, AnsweringEpisodes(model))
+                gradients: Callable = partial(find_gradients, state, AnsweringEpisodes(model))
                 if way == "compiled":
                     stack.enter_context(compiled_blocks(model))
                     gradients = Recorded(gradients, model.parameters()) if on_gpu else gradients

@@ -69,8 +69,13 @@ def run(
         if rank:
             return None
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
-        made = {"compiled": compile and can_compile(where), "recomputed": recompute, "ranks": ranks}
-        made["precision"] = choose_precision(config.precision, where)
+        precision = choose_precision(config.precision, where)
+        made = {
+            "precision": precision,
+            "compiled": compile and can_compile(where),
+            "recomputed": recompute,
+            "ranks": ranks,
+        }
         stored = save_run(path, experiment, model, history, table, made)
         checkpoint.remove()
         return stored

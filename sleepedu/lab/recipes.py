@@ -88,7 +88,7 @@ COLAB = {"batch": 256, "learning_rate": 0.005, "adam_learning_rate": 0.005, "war
 RECIPES[("rule110", "colab")] = Recipe(
     {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
     {"layout": "agag", "width": 128, "positions": 24},
-    {"steps": 5000, **COLAB},
+    {"steps": 3500, **COLAB},
 )
 # The paper's model and form of the task, with a mixture of t, for an hour of a large GPU.
 RECIPES[("rule110", "mixture")] = Recipe(

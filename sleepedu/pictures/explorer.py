@@ -111,8 +111,8 @@ class Explorer:
         if size > MOST_BYTES:
             raise ValueError(f"the pictures take {size} bytes, {MOST_BYTES} at most: draw them smaller or fewer")
         words = [self.describe(*pair) for pair in pairs]
-        shown = [list(map(str, values)) for values in (self.passes, self.depths)]  # NumPy's numbers are none in JSON
-        data = json.dumps({"values": shown, "frames": frames, "words": words})
+        steps = [list(map(str, values)) for values in (self.passes, self.depths)]  # NumPy's numbers are none in JSON
+        data = json.dumps({"values": steps, "frames": frames, "words": words})
         data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
         shown = {"id": f"explorer-{uuid.uuid4().hex[:8]}", "frame": frames[0], "words": html.escape(words[0])}
         for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True)):
