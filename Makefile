@@ -12,7 +12,8 @@ book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
 	@echo "The book is built: open _build/html/index.html in a browser."
 
-test: lint unit notebooks book pages
+# Each chapter runs once, as the book is built: an error in a cell is an error of the build.
+test: lint unit book pages
 	@echo "All tests passed."
 
 lint: .venv/ready
@@ -32,11 +33,12 @@ unit: .venv/ready
 coverage: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2 --cov --cov-report=term
 
+# The chapters without the book; on every version of Python and torch that is tried.
 notebooks: .venv/ready
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadscope book
 
 pages: .venv/ready
-	$(BIN)/python -m pytest tests/test_pages.py
+	$(BIN)/python -m pytest tests/test_pages.py -n 2
 
 # The campaigns of `make test`, many times as long: kills, damaged files, random input, every stored run measured anew, and
 # all that `make environments` does. They end with what was tried.

@@ -1,7 +1,7 @@
 """The Triton kernels under Triton's interpreter, on a CPU: prints the largest errors as JSON; ``test_gpu.py`` runs it.
 
-The interpreter shows that the formulas and the indices are right, neither races nor speed. On a GPU the same kernels are
-tried by `python tests/gpu_kernels.py cuda`.
+The interpreter shows that the formulas and the indices are right, neither races nor speed. `python tests/gpu_kernels.py
+cuda` tries the same kernels on a GPU.
 """
 
 import json

@@ -43,11 +43,11 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
 )
 SHUT = {"pictures": ("training", "lab"), "lab": ("pictures",)}  # doors that the floors would leave open
 CORE = {"fast_weights", "layers", "model", "sleep_loop", "training", "tasks/base"}
-ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", "total")
+ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", "all but fast", "total")
 FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
-LIMITS = {"core": 1050, "total": 4700}  # lines
+LIMITS = {"core": 1050, "all but fast": 4200, "fast": 650}  # lines; what is fast has a naive form elsewhere
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 
@@ -113,6 +113,7 @@ def rooms(lines: Lines) -> Counter[str]:
     counts = Counter(dict.fromkeys(ROOMS, 0))
     for name, number in lines.items():
         counts.update({room(name): number, "total": number})
+        counts.update({"all but fast": number if room(name) != "fast" else 0})
     return counts
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +192,11 @@ def _place() -> str:
 @contextmanager
 def pretended_gpu() -> Iterator[Counts]:
     """Let "cuda" be a GPU that is not there meanwhile, and count from 0 what happens on it."""
-    instead: dict[tuple[Any, str], Callable] = {
+    from sleepedu import fast  # now, because torch must not be imported before a GPU is pretended
+
+    instead: dict[tuple[Any, str], Any] = {
+        (fast, "_triton"): False,  # it would write machine code
+        (os, "cpu_count"): lambda: 1,  # other processes would not know of this GPU
         (torch.cuda, "is_available"): lambda: True,
         (torch.cuda, "_lazy_init"): lambda: None,
         (torch.cuda, "device_count"): lambda: 1,

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sleepedu.__main__ import main
 from sleepedu.lab import experiments, run_store
@@ -84,6 +85,7 @@ def test_every_committed_run_can_be_trained_again(run, monkeypatch):
         raise Trained
 
     monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(experiments, "find_device", lambda name: torch.device("cpu"))  # what a GPU made, too
     with pytest.raises(Trained):
         experiments.reproduce(run)
 

@@ -38,6 +38,8 @@ RULE_SHAPES = {  # batch, heads, length, size
     "cuda": ((512, 4, 24, 64), (128, 8, 75, 64), (512, 4, 128, 64), (4, 4, 2048, 64)),
 }
 ON_A_CPU = ("smoke", "laptop")  # the sizes whose steps are timed there
+SQUARE = {"cpu": 1024, "cuda": 8192}  # the sides of matrices whose product is a machine's fastest
+STEPS_ON_A_GPU = [("rule110", "paper")]
 PASSES = (1, 2, 4, 8)
 WINDOWS = (16, 64, 256)
 READ_BEFORE = (1_000, 10_000, 100_000, 1_000_000)
@@ -162,10 +164,10 @@ def time_step(device: torch.device) -> Iterator[Row]:
     """
     keep_freed_memory()
     on_gpu = device.type == "cuda"
-    side = 8192 if on_gpu else 1024
+    side = SQUARE[device.type]
     square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     product = alternately({"product": lambda: square @ square}, device)["product"]["ms"]
-    keys = [("rule110", "paper")] if on_gpu else [key for key in RECIPES if key[1] in ON_A_CPU]
+    keys = STEPS_ON_A_GPU if on_gpu else [key for key in RECIPES if key[1] in ON_A_CPU]
     for task, size, passes in ((*key, passes) for key in keys for passes in (1, 4)):
         experiment = Experiment(task, size, passes=passes)
         config, questions, ways = experiment.train_config, experiment.make_task(), {}

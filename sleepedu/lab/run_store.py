@@ -19,7 +19,7 @@ import torch
 
 from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
-from sleepedu.fast import cpp_is_available
+from sleepedu.fast import cpp_is_available, triton_is_available
 from sleepedu.intervals import Accuracy, Table
 from sleepedu.lab.recipes import Experiment
 from sleepedu.model import ModelConfig, SleepLM
@@ -190,7 +190,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
-        "kernel": device.type == "cpu" and cpp_is_available(),
+        "kernel": cpp_is_available() if device.type == "cpu" else triton_is_available(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

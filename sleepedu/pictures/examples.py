@@ -32,7 +32,8 @@ def draw_episode(task: Task, episode: Episode, index: int = 0, answers: Tensor |
     if found != wanted:
         sizes = "{} windows of {} tokens and a prompt of {}"
         raise ValueError(f"the {task.name} task has {sizes.format(*wanted)}, the episode {sizes.format(*found)}")
-    return _picture(task, episode, index, answers, **how)
+    answers = None if answers is None else answers.cpu()
+    return _picture(task, episode.to("cpu"), index, answers, **how)
 
 
 @singledispatch
