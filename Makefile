@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint house unit coverage notebooks pages soak environments wheel clean
+.PHONY: book test lint house unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -53,6 +53,10 @@ environments:
 # What is released, in _build/dist, with one chapter run from it in an environment of its own.
 wheel:
 	$(PYTHON) tests/environments/wheel.py
+
+# Where a GPU is at hand, with the Python that has its torch: right or not, how fast, and what it trains, within nine minutes.
+gpu:
+	$(PYTHON) tests/gpu_campaign.py
 
 .venv/ready: requirements.txt pyproject.toml tests/environments/widgets7.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,93 @@
+"""What a GPU is asked in the minutes that one is at hand: is it right, how fast is it, what does it train. `make gpu`.
+
+    python tests/gpu_campaign.py --minutes 9 --out gpu_results [--only right calls step rule train]
+
+Every part is a process of its own, ends by itself and cannot stop the next; what it found lies in the output folder:
+the figures as JSON, as they are stored in book/runs/benchmark, and each finished run as an archive for book/runs. A
+training that the minutes do not suffice for leaves its checkpoint in such an archive, and goes on from there.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = [sys.executable, "-m", "sleepedu"]
+MEASURE = [*LIBRARY, "bench", "--json", "--device", "cuda", "--only"]
+PARTS = {  # the command, and the seconds it may take
+    "right": ([sys.executable, "tests/gpu_kernels.py", "cuda"], 60),
+    "calls": ([sys.executable, "-m", "pytest", "-q", "tests/on_a_gpu.py"], 120),
+    "step": ([*MEASURE, "step"], 120),
+    "rule": ([*MEASURE, "rule"], 150),  # most of it goes to the other library, which tries out its settings
+    "train": ([], 600),
+}
+TRAINED = [["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)]
+TOGETHER = 2  # runs that share the GPU
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="all that it may take")
+    parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="the folder for what was found")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", default="cuda", help="cpu tries the campaign itself")
+    chosen = parser.parse_args()
+    end = time.monotonic() + 60 * chosen.minutes
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for part in chosen.only:
+        command, most = PARTS[part]
+        most = min(most, end - time.monotonic() - 5)
+        began = time.monotonic()
+        good = train(chosen, end) if part == "train" else call(part, on(command, chosen.device), chosen.out, most)
+        print(f"{part}: {'done' if good else 'FAILED'} in {time.monotonic() - began:.0f} s", flush=True)
+        failed += [] if good else [part]
+    return int(bool(failed))
+
+
+def on(command: list[str], device: str) -> list[str]:
+    return [device if word == "cuda" else word for word in command]
+
+
+def call(part: str, command: list[str], out: Path, most: float) -> bool:
+    """Run one part; what it prints goes to PART.json, or PART.txt, and what it says beside that to PART.log."""
+    kind = "txt" if part == "calls" else "json"
+    with (out / f"{part}.{kind}").open("w") as found, (out / f"{part}.log").open("w") as said:
+        try:
+            return subprocess.run(command, stdout=found, stderr=said, timeout=max(most, 1), **HERE).returncode == 0
+        except subprocess.TimeoutExpired:
+            said.write(f"stopped after {most:.0f} s\n")
+            return False
+
+
+def train(chosen: argparse.Namespace, end: float) -> bool:
+    """Train one run after the other, two at a time, for as long as there is time; pack what there is of each."""
+    runs, waiting, going, good = chosen.out / "runs", list(TRAINED), [], True
+    while (waiting or going) and time.monotonic() < end - 10:
+        while waiting and len(going) < TOGETHER:
+            command = [*LIBRARY, "train", *waiting.pop(0), "--device", chosen.device, "--runs", str(runs), "--quiet"]
+            going.append(subprocess.Popen(command, **HERE))
+        time.sleep(0.5)
+        good &= not any(process.poll() for process in going)
+        going = [process for process in going if process.poll() is None]
+    for process in going:
+        process.terminate()  # it saves its checkpoint first
+    for process in going:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)
+        process.kill()
+    for folder in sorted(runs.glob("*/")):
+        with tarfile.open(chosen.out / f"{folder.name}.tgz", "w:gz") as archive:
+            archive.add(folder, folder.name)
+    return good and not waiting and not going
+
+
+HERE = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}}
+
+if __name__ == "__main__":
+    sys.exit(main())
