@@ -70,9 +70,8 @@ class Checkpoint:
     def save_when_due(self, state: TrainingState, config: TrainConfig) -> None:
         """Save after a while, and when a signal is held back, which is then delivered."""
         rank, ranks = rank_and_ranks()
-        if rank or (
-            ranks > 1 and state.history.step[-1:] != [state.step]
-        ):  # several ranks have sums of their own between two history entries
+        # Between two history entries every one of several ranks has sums of its own.
+        if rank or (ranks > 1 and state.history.step[-1:] != [state.step]):
             return
         late = time.perf_counter() - self._saved > SAVE_EVERY and state.step < config.steps
         if (late or self._signals) and state.sums.isfinite().all():  # else the run fails, and what was good stays

@@ -29,13 +29,9 @@ def forward_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     head, first = n % heads, n // heads * length
-    q, k, v = q + first * q_next + head * D_K, k + first * k_next + head * D_K, v + first * v_next + head * D_V
-    a, b, o, w = (
-        a + first * a_next + head,
-        b + first * b_next + head,
-        o + (first * heads + head) * D_V,
-        w + (first * heads + head) * D_V,
-    )
+    q, k, v = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K), there(v, first, v_next, head, D_V)
+    a, b = there(a, first, a_next, head, 1), there(b, first, b_next, head, 1)
+    o, w = there(o, first, heads * D_V, head, D_V), there(w, first, heads * D_V, head, D_V)
     rows, keys = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K)
     tile = rows[:, None] * D_K + keys[None, :]
     s = tl.load(S + n * D_V * D_K + tile)  # (rows, d_k)
@@ -65,16 +61,10 @@ def writes_kernel(
     """Backwards through the window: the gradient of what every token writes, and S and its gradient at every chunk."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, first = n % heads, n // heads * length
-    q, k, do = q + first * q_next + head * D_K, k + first * k_next + head * D_K, do + first * do_next + head * D_V
-    a, b, w, dv = (
-        a + first * a_next + head,
-        b + first * b_next + head,
-        w + (first * heads + head) * D_V,
-        dv + (first * heads + head) * D_V,
-    )
-    db += (
-        part * tl.num_programs(0) // heads * length + first
-    ) * heads + head  # this program's share of a sum over rows
+    q, k = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K)
+    a, b, do = there(a, first, a_next, head, 1), there(b, first, b_next, head, 1), there(do, first, do_next, head, D_V)
+    w, dv = there(w, first, heads * D_V, head, D_V), there(dv, first, heads * D_V, head, D_V)
+    db += (part * tl.num_programs(0) // heads * length + first) * heads + head  # its share of a sum over rows
     rows, keys = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K)
     tile = rows[:, None] * D_K + keys[None, :]
     chunks = tl.cdiv(length, C)
@@ -120,13 +110,9 @@ def inputs_kernel(
     """One chunk: the gradients of queries, keys and gates, from that of what was written, S before it and dS after."""
     n, part, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head, first = n % heads, n // heads * length
-    q, k, do = q + first * q_next + head * D_K, k + first * k_next + head * D_K, do + first * do_next + head * D_V
-    a, b, w, dv = (
-        a + first * a_next + head,
-        b + first * b_next + head,
-        w + (first * heads + head) * D_V,
-        dv + (first * heads + head) * D_V,
-    )
+    q, k = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K)
+    a, b, do = there(a, first, a_next, head, 1), there(b, first, b_next, head, 1), there(do, first, do_next, head, D_V)
+    w, dv = there(w, first, heads * D_V, head, D_V), there(dv, first, heads * D_V, head, D_V)
     share = (part * tl.num_programs(0) // heads * length + first) * heads + head  # of a sum over rows
     dq, dk, da = dq + share * D_K, dk + share * D_K, da + share
     rows, keys, i = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K), tl.arange(0, C)
@@ -144,9 +130,8 @@ def inputs_kernel(
     u_d = to_end[:, None] * dot(u_, d, PRECISION)  # (c, d_k)
     goes = tl.sum(u_d * k_, axis=1)  # (c,): from token i to S after the chunk
     # The gate of token t is passed by all that was there before it, on its way to all that comes with it or after.
-    through = last(from_start, C) * tl.sum(tl.sum(s * d, axis=1)) + tl.sum(
-        tl.where(earlier, goes[None, :], 0.0), axis=1
-    )
+    through = last(from_start, C) * tl.sum(tl.sum(s * d, axis=1))
+    through += tl.sum(tl.where(earlier, goes[None, :], 0.0), axis=1)
 
     do_, q_ = channels(do, t, do_next, rows, length), channels(q, t, q_next, keys, length)
     by_read = dot(do_, u_.T, PRECISION) * decay  # (c, c)
@@ -173,6 +158,12 @@ def inputs_kernel(
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
     return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def there(x, first, next, head, SIZE: tl.constexpr):
+    """Return where a head's channels of a sequence's first token are."""
+    return x + first * next + head * SIZE
 
 
 @triton.jit

@@ -15,7 +15,7 @@ WARM_UPS = 3  # calls before the recording, in which compilers and libraries mak
 
 
 class Recorded:
-    """``function(episode, passes) -> tensors``, which leaves gradients in ``parameters``, for a GPU.
+    """``function(episode, passes) -> tensors``, which leaves new gradients in ``parameters``, for a GPU.
 
     The results lie where those of the last call lay. All episodes must have the shapes of the first one.
     """
@@ -40,8 +40,6 @@ class Recorded:
         results: list[Tensor] = []
 
         def function() -> None:
-            for parameter in self.parameters:
-                parameter.grad = None  # what is recorded makes new ones
             results[:] = self.function(inputs, passes)
 
         replay = recorded(function)

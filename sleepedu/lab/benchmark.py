@@ -50,7 +50,7 @@ MODEL = ModelConfig(vocabulary=64, layout="agag", width=64)
 class Peer(NamedTuple):
     """Another library with the same rule: where it is, how it is called, and what power of d_k it divides o by."""
 
-    library: str
+    package: str
     module: str
     name: str
     options: dict[str, Any]
@@ -133,7 +133,7 @@ def time_rule(device: torch.device) -> Iterator[Row]:
         row: Row = {"batch": batch, "heads": heads, "length": length, "size": size}
         with tf32("auto", device):
             if "theirs" in ways:
-                row["peer"] = f"{peer.library} {metadata.version(peer.library)}"
+                row["peer"] = f"{peer.package} {metadata.version(peer.package)}"
                 row["largest difference"] = (ways["ours"]() - ways["theirs"]() * size**peer.power).abs().max().item()
             if device.type == "cuda":  # as in training: what the GPU does, not how long Python takes to say it
                 ways = {way: recorded(function) for way, function in ways.items()}
