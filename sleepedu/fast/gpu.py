@@ -13,6 +13,8 @@ are done otherwise than there:
 Products are as exact as float32 (three TF32 products for one) unless torch may use TF32 for its own.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -238,21 +240,18 @@ def backward(
             torch.sum(share, 0, out=whole.transpose(1, 2))
 
 
-def programs(q: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
+def programs(q: Tensor, v: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     """Return the grid, one program for each sequence, head and part of S's rows, and what a kernel is made for."""
-    d_k, d_v = q.shape[-1], v.shape[-1]
-    rows = min(NUMBERS // d_k, ROWS, d_v & -d_v)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    sizes = {
-        "D_K": d_k,
-        "D_V": d_v,
-        "ROWS": rows,
-        "C": CHUNK,
-        "PRECISION": precision,
-        "num_warps": WARPS,
-        "num_stages": 1,
-    }
-    return (q.shape[0] * q.shape[1], d_v // rows), sizes
+    sizes = sizes_of(q.shape[-1], v.shape[-1], precision)
+    return (q.shape[0] * q.shape[1], v.shape[-1] // sizes["ROWS"]), sizes
+
+
+def sizes_of(d_k: int, d_v: int, precision: str) -> dict[str, Any]:
+    """Return what a kernel is made for, besides the GPU."""
+    rows = min(NUMBERS // d_k, ROWS, d_v & -d_v)
+    made = {"D_K": d_k, "D_V": d_v, "ROWS": rows, "C": CHUNK, "PRECISION": precision}
+    return {**made, "num_warps": WARPS, "num_stages": 1}
 
 
 def rows_of_tokens(x: Tensor) -> tuple[Tensor, int]:
