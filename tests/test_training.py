@@ -22,7 +22,7 @@ from sleepedu.model import SleepLM
 from sleepedu.progress import ProgressBar
 from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
-from sleepedu.tasks.base import majority_loss
+from sleepedu.tasks.batches import majority_loss
 from sleepedu.tasks.random_streams import TESTING, TRAINING, stream
 from sleepedu.training import TrainConfig, make_optimizers, score, train
 
@@ -285,7 +285,7 @@ def test_the_rate_reaches_both_optimizers(make_model, monkeypatch):
     assert rates == pytest.approx([x for share in shares for x in (0.01 * share, 0.002 * share)])
 
 
-@pytest.mark.parametrize("carry", ["hidden", "inject"])
+@pytest.mark.parametrize("carry", ["hidden", "inject", "gate"])
 def test_muon_gets_the_hidden_matrices_and_nothing_else(carry, make_model):
     model = make_model("ag", carry, positions=4)
     muon, adam = make_optimizers(model, CONFIG)
