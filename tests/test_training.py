@@ -18,7 +18,7 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import compiling, cpp
 from sleepedu.fast.compiling import can_compile
 from sleepedu.lab import experiments
-from sleepedu.model import SleepLM
+from sleepedu.model import RULES, SleepLM
 from sleepedu.progress import ProgressBar
 from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
@@ -409,9 +409,10 @@ def test_the_smoke_run_of_graph_retrieval_learns():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no C++ compiler here")
-def test_compiled_training_gives_the_same_losses(make_model):
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_training_gives_the_same_losses(rule, make_model):
     config = replace(CONFIG, steps=3)  # Muon computes in bfloat16, and what was rounding grows from step to step
-    plain, compiled = make_model("g"), make_model("g")
+    plain, compiled = make_model("g", rule=rule), make_model("g", rule=rule)
     compiled.load_state_dict(plain.state_dict())
     losses = train(plain, TASK, config).loss
     assert train(compiled, TASK, config, compile=True).loss == pytest.approx(losses, abs=1e-4)
