@@ -2,12 +2,15 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sleepedu.model import CARRIES, RULES
+from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.lab.run_store import load_run
+from sleepedu.model import CARRIES, RULES, SleepLM
 from sleepedu.session import Session
 from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled, wake
 from sleepedu.tasks import Episode, GraphRetrieval
@@ -92,6 +95,29 @@ def test_carries_differ_from_the_second_pass_on(make_model):
         model.load_state_dict(plain.state_dict(), strict=False)
         answers.append(run_episode(model, EPISODE, 2))
     assert not any(torch.allclose(one, other) for one, other in itertools.combinations(answers, 2))
+
+
+@pytest.mark.parametrize("share, carry", [(0.0, "embed"), (1.0, "hidden")])
+def test_a_gate_of_0_hands_on_the_embedding_and_one_of_1_hidden_states(share, carry, make_model):
+    other, model = make_model("agag", carry), make_model("agag", "gate")
+    model.load_state_dict(other.state_dict(), strict=False)
+    model.gate.data.fill_(share)
+    for passes in (1, 2, 4):
+        assert_close(run_episode(model, EPISODE, passes), run_episode(other, EPISODE, passes))
+
+
+def test_a_model_that_never_slept_answers_as_well_after_any_number_of_passes_through_a_gate_of_0():
+    run = load_run("graph-laptop-sleep-N1-seed0")
+    plain, task = run.load_model(), run.make_task()
+    gated = SleepLM(replace(plain.config, carry="gate")).eval()
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    right = {
+        (model.config.carry, passes): accuracy_by_depth(model, task, passes, examples=300)[1].accuracy
+        for model in (plain, gated)
+        for passes in (1, 2, 4)
+    }
+    assert right["hidden", 1] == right["gate", 1] > 0.95
+    assert min(right["gate", 2], right["gate", 4]) > 0.95 and right["hidden", 4] < 0.3
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -18,7 +18,7 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import compiling, cpp
 from sleepedu.fast.compiling import can_compile
 from sleepedu.lab import experiments
-from sleepedu.model import RULES, SleepLM
+from sleepedu.model import SleepLM
 from sleepedu.progress import ProgressBar
 from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
@@ -409,7 +409,7 @@ def test_the_smoke_run_of_graph_retrieval_learns():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no C++ compiler here")
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["gated_delta", "hebbian"])  # in C++ and in chunks; the others are these with a gate
 def test_compiled_training_gives_the_same_losses(rule, make_model):
     config = replace(CONFIG, steps=3)  # Muon computes in bfloat16, and what was rounding grows from step to step
     plain, compiled = make_model("g", rule=rule), make_model("g", rule=rule)
