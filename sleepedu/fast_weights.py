@@ -108,7 +108,8 @@ def gated_delta_chunked(
     return torch.cat(outputs, dim=2), S
 
 
-def _one_chunk(corrects: bool, S: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor):
+def _one_chunk(corrects: bool, S: Tensor, *piece: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, log_a, b = piece
     length = q.shape[2]
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)  # (t, i): i > t
     # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and so

@@ -46,8 +46,7 @@ class ModelConfig:
     convolution: int = 4
     write_range: float = 2.0
     carry: str = "hidden"  # what one pass hands the next, as in CARRIES
-    positions: int = 0  # places of the window with a learned embedding; 0: rotary encoding alone, to which two equal
-    # tokens of a prompt look alike
+    positions: int = 0  # learned places of the window; 0: rotary encoding alone, to which equal tokens look alike
     rule: str = field(default="gated_delta", metadata=checks.LATER)  # how S is written, as in RULES
 
     def __post_init__(self):
