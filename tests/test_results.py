@@ -17,7 +17,7 @@ def test_runs_that_differ_in_their_seed_alone_stand_together():
     assert sorted(shown) == [run.name for run in STORED], "a run is lost or shown twice"
     for models in groups.values():
         for group in models.values():
-            assert len({replace(run.experiment, seed=0) for run in group}) == 1
+            assert len({replace(run.experiment, seed=0, trained_from="") for run in group}) == 1
 
 
 def test_a_label_says_what_differs_from_the_recipe():
@@ -28,6 +28,9 @@ def test_a_label_says_what_differs_from_the_recipe():
     assert label(passes=4, seed=2) == "N=4"
     assert label(model="kept") == "keeps its cache"
     assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == "N=2, inject, 500 steps, rate 0.02"
+    assert label(carry="gate", rule="delta", trained_from="graph-laptop-sleep-N1-seed2") == (
+        "N=1, gate, delta, from sleep-N1"
+    )
 
 
 @pytest.mark.parametrize("form", [results_table, lambda runs: "\n".join(results.lines(runs))])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from sleepedu import checks
-from sleepedu.model import CARRIES, ModelConfig
+from sleepedu.model import CARRIES, RULES, ModelConfig
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
 
@@ -118,6 +118,8 @@ class Experiment:
     carry: str = _setting("", f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}")
     steps: int = _setting(0, "instead of the recipe's")
     learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
+    rule: str = _setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
+    trained_from: str = _setting("", "stored run of the same task and size to go on from; its seed means its examples")
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
@@ -128,6 +130,8 @@ class Experiment:
             raise ValueError("model 'varied' draws N from 1 to passes: passes must be above 1")
         if not MODELS[self.model].sleeps and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
+        if self.trained_from and not self.trained_from.startswith(alike := f"{self.task}-{self.size}-"):
+            raise ValueError(f"trained_from must be the name of a stored run, {alike}..., got {self.trained_from!r}")
         checks.whole("steps", self.steps, least=0)
         checks.finite("learning_rate", self.learning_rate)
         object.__setattr__(self, "carry", self.carry or self.recipe.carry)
@@ -140,8 +144,10 @@ class Experiment:
             f"{self.task}-{self.size}-{self.model}",
             f"N{self.passes}" if MODELS[self.model].sleeps else "",
             self.carry if self.carry != self.recipe.carry else "",
+            self.rule if self.rule != RULES[0] else "",
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
+            self.trained_from.replace(f"{self.task}-{self.size}", "from", 1),
             f"seed{self.seed}",
         ]
         return "-".join(filter(None, parts))
@@ -158,7 +164,7 @@ class Experiment:
         layout = self.recipe.model["layout"]
         others = {"transformer": "a" * len(layout), "kept": "A" * len(layout), "deeper": 4 * layout}
         made = {"layout": others.get(self.model, layout), "vocabulary": len(self.make_task().words)}
-        return ModelConfig(**{**self.recipe.model, **made, "carry": self.carry})
+        return ModelConfig(**{**self.recipe.model, **made, "carry": self.carry, "rule": self.rule})
 
     @property
     def train_config(self) -> TrainConfig:

@@ -8,6 +8,7 @@ from typing import Any
 from sleepedu.intervals import Table, across_seeds
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
+from sleepedu.model import RULES
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
@@ -18,7 +19,7 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 
     def place(run: Run) -> tuple:
         e = run.experiment
-        return e.task, e.size, list(MODELS).index(e.model), e.passes, e.carry, e.steps, e.learning_rate, e.seed
+        return e.task, e.size, list(MODELS).index(e.model), e.passes, e.steps, e.learning_rate, label(run), e.seed
 
     together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=place):
@@ -29,11 +30,14 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 def label(run: Run) -> str:
     """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
+    start = e.trained_from.removeprefix(f"{e.task}-{e.size}-").rpartition("-seed")[0]
     words = [
         MODELS[e.model].label.format(e.passes),
         e.carry if e.carry != e.recipe.carry else "",
+        e.rule if e.rule != RULES[0] else "",
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
+        f"from {start}" if start else "",
     ]
     return ", ".join(filter(None, words))
 

@@ -124,7 +124,7 @@ def stored_runs(directory: Path | str | None = None) -> list[Run]:
 
 
 def save_run(
-    path: Path, experiment: Experiment, model: SleepLM, history: History, table: Table, made: dict[str, Any]
+    path: Path, experiment: Experiment, settings: dict, model: SleepLM, history: History, table: Table, made: dict
 ) -> Run:
     """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says."""
     weights = storage.pack(model.state_dict())
@@ -139,7 +139,7 @@ def save_run(
         "version": VERSION,
         "weights": storage.checksum(weights),
         "experiment": asdict(experiment),
-        "settings": experiment.settings,
+        "settings": settings,
         "table": plain_table(table),
         "provenance": provenance,
         "history": asdict(history),
