@@ -31,6 +31,7 @@ def label(run: Run) -> str:
     e = run.experiment
     words = [
         MODELS[e.model].label.format(e.passes),
+        f"{e.times_the_steps:.3g}x steps" if e.times_the_steps != 1 else "",
         e.carry if e.carry != e.recipe.carry else "",
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
