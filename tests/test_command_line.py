@@ -115,7 +115,7 @@ def test_train_evaluate_and_results(capsys, tmp_path):
 
     assert main(["results", "--runs", str(tmp_path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    measured = {"carry", "seconds", "device", "depths", "majority"}
+    measured = {"carry", "seconds", "device", "depths", "majority", "operations"}
     assert {key: value for key, value in row.items() if key not in measured} == {
         "run": name,
         "task": "graph",

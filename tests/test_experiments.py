@@ -16,6 +16,7 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import experiments, recipes, run_store
+from sleepedu.lab.compute import training_operations
 from sleepedu.lab.recipes import MODELS, RECIPES, SIZES, Experiment, Recipe
 from sleepedu.lab.run_store import find_device, load_run, stored_runs
 from sleepedu.model import CARRIES, RULES, SleepLM
@@ -60,6 +61,20 @@ def test_every_recipe_makes_a_task_a_model_and_a_training_run(task, size):
         assert run_episode(SleepLM(config), episode, 1).isfinite().all()
 
 
+@pytest.mark.parametrize("task, size", RECIPES)
+def test_controls_get_the_operations_of_four_passes_where_the_recipe_does_not_say_how_many_steps(task, size):
+    def cost(experiment):
+        return training_operations(experiment.model_config, experiment.make_task(), experiment.train_config)
+
+    controls = {model: Experiment(task, size, model) for model in ("longer", "deeper")}
+    shares = {model: cost(control) / cost(Experiment(task, size, passes=4)) for model, control in controls.items()}
+    if RECIPES[task, size].control_steps:  # of the stored runs
+        assert all(1 <= share < 1.7 for share in shares.values())
+        assert [control.times_the_steps for control in controls.values()] == [4, 1]
+    else:
+        assert list(shares.values()) == pytest.approx([1, 1], rel=0.005)
+
+
 @pytest.mark.parametrize("task, size", [pair for pair in itertools.product(TASKS, SIZES) if pair not in RECIPES])
 def test_a_size_without_a_recipe_is_refused_by_name(task, size):
     with pytest.raises(ValueError, match=f"size '{size}' is unknown: use one of smoke, laptop"):
@@ -72,8 +87,9 @@ def test_models_differ_in_what_they_say_they_differ_in():
     assert sleep.model_config.layout == "ag" and transformer.model_config.layout == "aa"
     assert replace(transformer.model_config, layout="ag") == sleep.model_config
     assert kept.model_config.layout == "AA" and deeper.model_config.layout == "ag" * 4
-    assert kept.train_config == deeper.train_config == sleep.train_config
-    assert longer.train_config == replace(sleep.train_config, steps=4 * sleep.train_config.steps)
+    assert kept.train_config == sleep.train_config
+    assert replace(longer.train_config, steps=sleep.train_config.steps) == sleep.train_config
+    assert replace(deeper.train_config, steps=sleep.train_config.steps) == sleep.train_config
     assert longer.model_config == sleep.model_config and transformer.train_config == sleep.train_config
     varied, four = (Experiment("graph", "smoke", model, passes=4) for model in ("varied", "sleep"))
     assert varied.model_config == four.model_config

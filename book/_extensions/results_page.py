@@ -17,16 +17,16 @@ def results_table(runs: list[Run]) -> str:
         tables = {model: across_seeds([run.table for run in group]) for model, group in models.items()}
         depths = list(next(iter(tables.values())))
         rows = [
-            ["model", "seeds", "steps", "million tokens", "minutes", *map(str, depths)],
+            ["model", "seeds", "steps", "trillion operations", "minutes", *map(str, depths)],
             [":--"] + ["--:"] * (len(depths) + 4),
         ]
         for model, group in models.items():
-            steps, tokens = group[0].settings["train"]["steps"], group[0].provenance["tokens"]
+            steps = group[0].settings["train"]["steps"]
             minutes = sorted(run.provenance["seconds"] / 60 for run in group)
             spread = dict.fromkeys(f"{m:.1f}" for m in (minutes[0], minutes[-1]))  # one number where both are the same
-            row = [model, str(len(group)), f"{steps:,}", f"{tokens / 1e6:.1f}", "–".join(spread)]
+            row = [model, str(len(group)), f"{steps:,}", f"{group[0].operations / 1e12:.1f}", "–".join(spread)]
             for a in tables[model].values():
-                interval = f"<small style='white-space: nowrap'>{a.low:.2f}–{a.high:.2f}</small>"
+                interval = f"<small style='white-space: nowrap'>{a.low:.2f} to {a.high:.2f}</small>"
                 row.append(f"{a.accuracy:.3f} <br> {interval}")
             rows.append(row)
         constants = [max(table[depth].majority for table in tables.values()) for depth in depths]

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from sleepedu import checks
+from sleepedu.lab.compute import example_operations
 from sleepedu.model import CARRIES, RULES, ModelConfig
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
@@ -24,8 +25,8 @@ MODELS = {
     "varied": Kind("N=1 to {}", "the same, trained with N drawn anew for every batch, from 1 to N", True),
     "transformer": Kind("transformer", "attention only, evicting every window: what is left of the past is nothing"),
     "kept": Kind("keeps its cache", "attention only, evicting nothing: it looks back at everything when it answers"),
-    "longer": Kind("N=1, 4x steps", "the hybrid at N = 1, trained on four times the steps"),
-    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers"),
+    "longer": Kind("N=1", "the hybrid at N = 1, trained on more steps, at the operations of N = 4 or above"),
+    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers, likewise"),
 }
 
 
@@ -38,6 +39,8 @@ class Recipe:
     train: Mapping[str, Any]
     carry: str = "hidden"  # from pass to pass; each task takes the one that learns it better
     learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
+    # Times the steps of the controls longer and deeper; unless it is said, as many as the operations of N = 4 pay for.
+    control_steps: Mapping[str, float] = field(default_factory=dict)
 
 
 SMALL = {"layout": "ag", "width": 32, "heads": 2}
@@ -45,12 +48,13 @@ SHORT = {"steps": 300, "batch": 64}
 RING = {"nodes": 8, "hops": 4, "queries": 8}
 ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
+AS_STORED = {"longer": 4, "deeper": 1}  # times the steps: at least what N = 4 costs, up to 1.6 times as much
 MANY_RINGS = {"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3, "tested": (1, 2, 4, 8, 16)}
 RECIPES = {
     ("graph", "smoke"): Recipe({"nodes": 6, "hops": 3, "queries": 6}, SMALL, SHORT),
-    ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS),
+    ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS, control_steps=AS_STORED),
     # As laptop, but what is to be joined lies in several windows.
-    ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS),
+    ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS, control_steps=AS_STORED),
     ("graph", "paper"): Recipe(
         {**MANY_RINGS, "name_tokens": 2},
         {"layout": "gaga", "width": 512, "heads": 8},
@@ -62,6 +66,7 @@ RECIPES = {
         {"layout": "ag", "positions": 12},
         {"steps": 2500, "batch": 64},
         learning_rates={4: 0.005},
+        control_steps=AS_STORED,
     ),
     # By our estimate a quarter of an hour on a T4; it was run on an H100.
     ("rule110", "colab"): Recipe(
@@ -81,6 +86,7 @@ RECIPES = {
         {"layout": "ag"},
         {"steps": 4500, "batch": 64, "adam_learning_rate": 0.005},
         carry="inject",
+        control_steps=AS_STORED,
     ),
     # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
     ("math", "paper"): Recipe(
@@ -170,10 +176,19 @@ class Experiment:
     def train_config(self) -> TrainConfig:
         settings = {**self.recipe.train, "seed": self.seed}
         settings["passes"] = (1, self.passes) if self.model == "varied" else self.passes
-        settings["steps"] = (self.steps or settings["steps"]) * (4 if self.model == "longer" else 1)
+        settings["steps"] = round((self.steps or settings["steps"]) * self.times_the_steps)
         if rate := self.learning_rate or self.recipe.learning_rates.get(self.passes):
             settings["learning_rate"] = rate
         return TrainConfig(**settings)
+
+    @property
+    def times_the_steps(self) -> float:
+        """How many times the recipe's steps a control gets: by the recipe, or for the operations of N = 4."""
+        if self.model not in ("longer", "deeper") or self.model in self.recipe.control_steps:
+            return self.recipe.control_steps.get(self.model, 1)
+        four, task = replace(self, model="sleep", passes=4), self.make_task()
+        asleep, awake = example_operations(four.model_config, task, 4), example_operations(self.model_config, task, 1)
+        return round(asleep / awake, 3)
 
     @property
     def settings(self) -> dict[str, Any]:

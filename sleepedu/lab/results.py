@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sleepedu.intervals import Table, across_seeds
+from sleepedu.intervals import Table, across_seeds, paired
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
 from sleepedu.model import RULES
@@ -33,6 +33,7 @@ def label(run: Run) -> str:
     start = e.trained_from.removeprefix(f"{e.task}-{e.size}-").rpartition("-seed")[0]
     words = [
         MODELS[e.model].label.format(e.passes),
+        f"{e.times_the_steps:.3g}x steps" if e.times_the_steps != 1 else "",
         e.carry if e.carry != e.recipe.carry else "",
         e.rule if e.rule != RULES[0] else "",
         f"{e.steps:,} steps" if e.steps else "",
@@ -40,6 +41,15 @@ def label(run: Run) -> str:
         f"from {start}" if start else "",
     ]
     return ", ".join(filter(None, words))
+
+
+def in_words(one: list[Run], other: list[Run]) -> dict[str, list[int]]:
+    """Return at which depths runs of one kind are ahead of those of another, and so on, as ``paired`` puts it."""
+    by_seed = ({run.experiment.seed: run.table for run in runs} for runs in (one, other))
+    found: dict[str, list[int]] = defaultdict(list)
+    for depth, pair in paired(*by_seed).items():
+        found[pair.word].append(depth)
+    return dict(found)
 
 
 def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
