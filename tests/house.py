@@ -48,7 +48,7 @@ ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", 
 FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
-LIMITS = {"core": 1050, "all but fast": 4280, "fast": 650}  # lines; what is fast has a naive form elsewhere
+LIMITS = {"core": 1050, "all but fast": 4350, "fast": 650}  # lines; what is fast has a naive form elsewhere
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

@@ -20,13 +20,14 @@ LAYOUTS = [
     {"layout": "ag", "passes": 1},
     {"layout": "agag", "passes": 3, "carry": "inject", "width": 32, "heads": 2},
     {"layout": "gaga", "passes": 2, "carry": "embed", "task": GraphRetrieval(nodes=72, windows=2)},
+    {"layout": "ag", "passes": 3, "rule": "gated"},
     {"layout": "aga", "passes": 1, "key_size": 8, "value_size": 32},
     {"layout": "aaa", "passes": 1},
     {"layout": "AAA", "passes": 1},
 ]
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: f"{case['layout']}-{case['passes']}")
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_the_account_is_what_torch_counts_in_a_training_step(case):
     """Torch's FlopCounterMode watches a real step: whatever no gradient reaches is not counted there."""
     settings = dict(case)

@@ -41,11 +41,14 @@ def _blocks(config: ModelConfig, length: int) -> Iterator[tuple[float, float, fl
     for place, letter in enumerate(config.layout):
         if letter == "g":
             project = 2 * length * width * heads * (2 * d_k + 2 * d_v + 2)  # to q, k, v, output gate, a and b
-            rule = length * heads * (6 * d_k * d_v + chunk * (4 * d_k + 3 * d_v))
-            written = 2 * project + length * heads * (8 * d_k * d_v + chunk * (4 * d_k + 3 * d_v))
+            corrects = "delta" in config.rule  # and solves a triangular system, which costs 3 times as much backwards
+            rule: float = length * heads * (4 * d_k * d_v + 2 * chunk * (d_k + d_v))
+            rule += corrects * length * heads * (2 * d_k * d_v + chunk * (2 * d_k + d_v))
+            written: float = 2 * project + length * heads * 4 * d_k * d_v
+            written += corrects * length * heads * (4 * d_k * d_v + chunk * (4 * d_k + 3 * d_v))
             forward = project + rule + 2 * length * width * heads * d_v + mlp
-            backward = 2 * forward + length * heads * chunk * d_v  # a triangular solve costs 3 times its forward
+            backward = 2 * forward + corrects * length * heads * chunk * d_v
         else:
             forward = 8 * length * width**2 + 4 * length**2 * width + mlp
-            backward, written = 2 * forward, 0.0
+            backward, written = 2 * forward, 0
         yield forward, backward, backward if place < last else written
