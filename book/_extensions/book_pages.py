@@ -1,5 +1,7 @@
 """Finish every page: an "Open in Colab" badge on each notebook, menus that open, lists with entries, no script twice.
 
+Links of the form bibliography.md#lee2026sleep, which any notebook viewer can follow, lead to the entry of that name.
+
 The repository's address comes from the book's configuration.
 """
 
@@ -9,6 +11,7 @@ from urllib.parse import urlsplit
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
 
 
 def leave_header_empty(app: Sphinx, config: Config) -> None:
@@ -44,6 +47,12 @@ def mark_list_entries(app: Sphinx, pagename: str, templatename: str, context: di
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def name_bibliography_entries(app: Sphinx, env: BuildEnvironment) -> None:
+    """Tell MyST, which looks for a link's target among headings, of the bibliography's entries too."""
+    entries = {c.key: (0, c.citation_id, c.key) for c in env.get_domain("cite").citations}
+    env.metadata["book/bibliography"].setdefault("myst_slugs", {}).update(entries)
+
+
 def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
     """Keep each script once: the theme's thebe support writes its constants twice, which is an error in a browser."""
     seen, scripts = set(), []
@@ -59,5 +68,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", leave_header_empty)
     app.connect("html-page-context", add_badge)
     app.connect("html-page-context", mark_list_entries)
+    app.connect("env-updated", name_bibliography_entries, priority=900)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
