@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint house form first-cells unit coverage notebooks pages soak environments wheel gpu clean
+.PHONY: book test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -34,9 +34,11 @@ house:
 form:
 	$(PYTHON) tests/book_form.py
 
-# The cell that installs the library, anew in every chapter: after a change of address, branch or version.
-first-cells:
-	$(PYTHON) book/_extensions/first_cell.py
+# What the book has from elsewhere: the first cell of every chapter, after a change of address, branch or version, and the
+# page of references.
+fill: .venv/ready
+	$(BIN)/python book/_extensions/first_cell.py
+	$(BIN)/python book/_extensions/bibliography.py
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2

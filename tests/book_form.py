@@ -1,6 +1,6 @@
 """The form of the chapters: `make form` prints it, chapter by chapter, and then what is above its limit.
 
-The goal is the same for every chapter. A ceiling is where a chapter stands that is not there yet: it may only come down.
+The goal is the same for every chapter. A ceiling is where a chapter stands that is not there yet; it only comes down.
 """
 
 import json

@@ -1,8 +1,12 @@
 """Chapters stay within their limits and are plain notebooks; what is not is found."""
 
+import re
+
 import book_form
 import pytest
 from first_cell import first_cell
+
+BOOK = book_form.CHAPTERS[0].parent
 
 
 def cell(kind, text, *tags):
@@ -17,7 +21,7 @@ def test_a_chapter_is_within_its_limits(chapter):
 @pytest.mark.parametrize("chapter", book_form.CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_begins_by_installing_the_library_of_its_branch_or_tag(chapter):
     cells = book_form.json.loads(chapter.read_text())["cells"]
-    assert next("".join(c["source"]) for c in cells if c["cell_type"] == "code") == first_cell(), "make first-cells"
+    assert next("".join(c["source"]) for c in cells if c["cell_type"] == "code") == first_cell(), "make fill"
 
 
 @pytest.mark.parametrize("chapter", book_form.CHAPTERS, ids=lambda path: path.stem)
@@ -30,8 +34,18 @@ def test_what_is_folded_says_what_it_does_wherever_it_is_opened(chapter):
             assert metadata["jupyter"] == {"source_hidden": True} and metadata["cellView"] == "form"
 
 
+def test_the_page_of_references_is_that_of_the_file_and_has_all_that_is_cited():
+    bibliography = pytest.importorskip("bibliography", reason="pybtex, of the book's environment, reads the file")
+    page = bibliography.PAGE.read_text()
+    assert page == bibliography.bibliography(), "make fill"
+    pages = [path.read_text() for path in [*book_form.CHAPTERS, *BOOK.glob("*.md")]]
+    cited = {key for text in pages for key in re.findall(r"\(bibliography\.md#(\w+)\)", text)}
+    assert cited and cited <= set(re.findall(r'<a id="(\w+)">', page))
+
+
 def test_prose_is_counted_without_code_formulas_and_citations():
-    text = "# Two words\n\nDon't count $$S = 0$$ [(Hebb 1949)](bibliography.md#hebb), but [this](a.ipynb).\n\n```text\nx y\n```"
+    text = "# Two words\n\nDon't count $$S = 0$$ [(Hebb 1949)](bibliography.md#hebb), but [this](a.ipynb).\n\n"
+    text += "```text\nx y\n```"
     form = book_form.measure({"cells": [cell("markdown", text), cell("code", "x = 1")]})
     assert (form.words, form.equations, form.raw, form.sliders) == (7, 1, 0, None)
 
@@ -44,7 +58,7 @@ def test_code_is_measured_where_it_is_seen():
 
 @pytest.mark.parametrize(
     "text",
-    ["```{exercise} One\n```", ":::{note}\n:::", "after {cite}`hebb`", "{numref}`fig-1`", "{py:func}`x`", "(here)=\n# A"],
+    ["```{exercise} One\n```", ":::{note}\n:::", "after {cite}`hebb`", "{py:func}`x`", "(here)=\n# A"],
 )
 def test_markup_that_only_jupyter_book_understands_is_found(text):
     notebook = {"cells": [cell("markdown", f"Before.\n\n{text}\n"), cell("code", "1")]}

@@ -1,6 +1,6 @@
 """The first cell of every chapter, which installs the library where it is missing.
 
-It is made here and written into all chapters by `make first-cells`: the address and the branch or tag are those of
+It is made here and written into all chapters by `make fill`: the address and the branch or tag are those of
 _config.yml, the version is the library's. What a notebook of that branch or tag needs is the library of the same one.
 """
 
@@ -27,10 +27,10 @@ sources = [
 ]
 if importlib.util.find_spec("sleepedu") is None:
     print("Fetching sleepedu: {megabytes} MB; 2 GB more where PyTorch is missing.")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1"]
     tried = (subprocess.run([*pip, s], capture_output=True) for s in sources)
     if all(one.returncode for one in tried):
-        sys.exit(f"Nothing to install sleepedu from: is there a network? {{at}}")
+        sys.exit(f"Neither {{at}} nor PyPI has sleepedu, or there is no network.")
     importlib.invalidate_caches()"""
 
 

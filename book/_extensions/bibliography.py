@@ -1,0 +1,25 @@
+"""The page of references, made from references.bib by `make fill`: a list with an anchor for every entry by its key."""
+
+import re
+from pathlib import Path
+
+from pybtex.database import parse_file
+from pybtex.plugin import find_plugin
+
+BOOK = Path(__file__).resolve().parent.parent
+PAGE = BOOK / "bibliography.md"
+
+
+def bibliography() -> str:
+    """Return the page's markdown."""
+    style, markdown = find_plugin("pybtex.style.formatting", "plain")(), find_plugin("pybtex.backends", "markdown")()
+    entries = []
+    for entry in style.format_bibliography(parse_file(BOOK / "references.bib")):
+        text = re.sub(r"\\([-.()])", r"\1", " ".join(entry.text.render(markdown).split()))
+        text = re.sub(r"\*arXiv preprint arXiv:([\d.]+)\*", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+        entries.append(f'* <a id="{entry.key}"></a>{text}')
+    return "\n".join(["# Bibliography", "", *entries, ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(bibliography())
