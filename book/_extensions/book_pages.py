@@ -1,20 +1,14 @@
-"""Finish every page: an "Open in Colab" badge on each notebook, menus that open, no script twice.
-
-Links of the form bibliography.md#lee2026sleep, which any notebook viewer can follow, lead to the entry of that name.
+"""Finish every page: an "Open in Colab" badge on each notebook, menus that open, lists with entries, no script twice.
 
 The repository's address comes from the book's configuration.
 """
 
-import re
 from html import escape
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.environment import BuildEnvironment
-
-REFERENCES = "book/bibliography"
 
 
 def leave_header_empty(app: Sphinx, config: Config) -> None:
@@ -41,10 +35,13 @@ def add_badge(app: Sphinx, pagename: str, templatename: str, context: dict, doct
     )
 
 
-def name_bibliography_entries(app: Sphinx, env: BuildEnvironment) -> None:
-    """Tell MyST, which looks for a link's target among headings, of the bibliography's anchors too."""
-    keys = re.findall(r'<a id="(\w+)">', Path(env.doc2path(REFERENCES)).read_text())
-    env.metadata[REFERENCES].setdefault("myst_slugs", {}).update({key: (0, key, key) for key in keys})
+def mark_list_entries(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Give bibliography entries the role of what they are, entries of a list.
+
+    docutils writes doc-biblioentry, which ARIA has withdrawn: a screen reader would announce a list of nothing.
+    """
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
 def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
@@ -61,6 +58,6 @@ def drop_repeated_scripts(app: Sphinx, pagename: str, templatename: str, context
 def setup(app: Sphinx) -> dict:
     app.connect("config-inited", leave_header_empty)
     app.connect("html-page-context", add_badge)
-    app.connect("env-updated", name_bibliography_entries)
+    app.connect("html-page-context", mark_list_entries)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
