@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint house unit coverage notebooks pages soak environments wheel gpu clean
+.PHONY: book test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
@@ -29,6 +29,16 @@ lint: .venv/ready
 # Every file with its floor and lines; fails where an import goes up.
 house:
 	$(PYTHON) tests/house.py
+
+# What every chapter looks like: words, cells, lines of code, equations, where its sliders stand; fails above a limit.
+form:
+	$(PYTHON) tests/book_form.py
+
+# What the book has from elsewhere: the first cell of every chapter, after a change of address, branch or version, and the
+# page of references.
+fill: .venv/ready
+	$(BIN)/python book/_extensions/first_cell.py
+	$(BIN)/python book/_extensions/bibliography.py
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2
