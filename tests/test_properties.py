@@ -22,7 +22,7 @@ from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked
 from sleepedu.intervals import Accuracy, across_seeds, wilson_interval
 from sleepedu.lab import experiments, recipes, run_store
 from sleepedu.lab.recipes import Experiment
-from sleepedu.model import CARRIES, ModelConfig, SleepLM
+from sleepedu.model import CARRIES, RULES, ModelConfig, SleepLM
 from sleepedu.pictures.explorer import explore
 from sleepedu.session import Session
 from sleepedu.sleep_loop import run_episode, sleep, wake
@@ -218,6 +218,7 @@ configs = some(
     convolution=odd,
     write_range=st.one_of(numbers, st.floats(0, 2)),
     carry=st.sampled_from([*CARRIES, "nothing", None]),
+    rule=st.sampled_from([*RULES, "oja", None]),
     positions=odd,
 )
 

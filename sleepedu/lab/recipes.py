@@ -125,7 +125,7 @@ class Experiment:
     steps: int = _setting(0, "instead of the recipe's")
     learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
     rule: str = _setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
-    trained_from: str = _setting("", "stored run of the same task and size to go on from; its seed means its examples")
+    trained_from: str = _setting("", "stored run of this task and size to go on from; with its seed, on its examples")
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
