@@ -297,12 +297,12 @@ def fully_seen(page, selector):
 @pytest.mark.parametrize("width, height", [(1300, 850), (390, 844)])
 def test_the_first_screen_shows_a_wrong_answer_beside_a_right_one(width, height, browser):
     with opened(browser, "book/intro", viewport={"width": width, "height": height}) as page:
-        for part in ("h1", "article section > p >> nth=0", ".live-controls", ".live-verdict", ".live-lane >> nth=0"):
+        for part in ("article h1", "article section > p >> nth=0", ".live-controls", ".live-verdict", ".live-lane >> nth=0"):
             assert fully_seen(page, part), part
-        assert fully_seen(page, ".live-lane h3"), "and both models"
+        assert fully_seen(page, ".live-lane h2"), "and both models"
         assert fully_seen(page, ".live-lane, .live-ring") == (width == 1300), "on a phone the rest is below"
         assert page.locator(".live-verdict").inner_text() == f"{ASKED} N = 1 says H: wrong. N = 4 says A: right."
-        assert page.locator(".live-lane h3").all_inner_texts() == [
+        assert page.locator(".live-lane h2").all_inner_texts() == [
             "N = 1 3 hops: 25% right over 2,000 rings",
             "N = 4 3 hops: 100% right over 2,000 rings",
         ], "the stored runs'"
@@ -351,7 +351,7 @@ def test_the_map_of_accuracies_chooses_passes_and_hops(intro):
     cells = intro.locator(".live-map button")
     assert cells.all_inner_texts()[:4] == ["98.4%", "32%", "25%", "24%"], "the stored run's"
     press(intro, ".live-map button >> nth=7", "Enter")  # N = 2, 4 hops
-    assert intro.locator(".live-lane h3").all_inner_texts()[1] == "N = 2 4 hops: 94% right over 2,000 rings"
+    assert intro.locator(".live-lane h2").all_inner_texts()[1] == "N = 2 4 hops: 94% right over 2,000 rings"
     pressed = [cell.get_attribute("aria-label") for cell in cells.all() if cell.get_attribute("aria-pressed") == "true"]
     assert pressed == ["N = 1, 4 hops: 24%", "N = 2, 4 hops: 94%"]
     press(intro, ".live-map button >> nth=0", "Enter")
@@ -474,7 +474,7 @@ def test_a_page_says_what_it_is(page):
 
 
 def test_a_page_says_how_to_cite_edit_and_report(page):
-    footer = page.locator("footer").inner_text()
+    footer = page.locator(".bd-footer-content").inner_text()
     assert "MIT licence" in footer and "To cite this book" in footer and "None" not in footer
     links = page.locator(".bd-header-article a").evaluate_all("links => links.map((link) => link.href)")
     source = "ipynb" if page.name in CHAPTERS else "md"

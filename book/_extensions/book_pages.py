@@ -97,7 +97,7 @@ def mark_list_entries(app: Sphinx, pagename: str, templatename: str, context: di
 def drop_needless_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
     """Keep each script once: the theme's thebe support writes its constants twice, which is an error in a browser.
 
-    And leave out the state of Jupyter's widgets, for the pages' explorers are HTML of their own, and MathJax where there is
+    And leave out the state of Jupyter's widgets, for the explorers are HTML of their own, and MathJax where there is
     no formula.
     """
     needless = ["widget-state"] + ["mathjax"] * ('class="math' not in context.get("body", ""))

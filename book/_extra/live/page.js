@@ -42,7 +42,7 @@
     </div>`;
   const lane = () => `
     <section class="live-lane">
-      <h3><span class="live-name"></span> <small></small></h3>
+      <h2><span class="live-name"></span> <small></small></h2>
       <div class="live-passes">${passes.map((pass) => `<div class="live-pass" role="img">
         <span class="live-pass-name">pass ${pass}</span><canvas></canvas>
         <span class="live-read-out">${hops.map((k) => `<i>${k}</i>`).join("")}</span></div>`).join("")}</div>
