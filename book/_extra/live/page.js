@@ -226,7 +226,7 @@
         ? `${question} ${said.join(" ")}`
         : state.shown === 0
           ? "Read once, and gone to sleep."
-          : `Pass ${state.shown} of ${state.N}. From S of N = ${state.N} a linear probe now reads ${readOut(state.N, state.shown)}.`,
+          : `Pass ${state.shown} of ${state.N}. What can be read from S of N = ${state.N} by now: ${readOut(state.N, state.shown)}.`,
     );
   }
 
