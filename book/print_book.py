@@ -28,6 +28,11 @@ figure, table, .explorer { break-inside: avoid; }
 pre { white-space: pre-wrap !important; overflow-wrap: anywhere; font-size: 8.5pt; }
 div:is(.cell_output, .cell_input, .pst-scrollable-table-container) { overflow: visible !important; }
 table { font-size: 9pt; }
+/* The widest table has 17 columns, and what overflows would shrink the whole book. */
+#results table { font-size: 5.5pt; line-height: 1.2; }
+#results :is(td, th) { padding: 1px 2px; }
+#results small { white-space: normal !important; }
+mjx-assistive-mml { display: none !important; }
 img, svg { max-width: 100% !important; }
 details > summary { display: none; }
 """
