@@ -19,15 +19,16 @@ LEFT_OUT = (
 )
 STYLE = """
 @page { size: A4; margin: 18mm 17mm 20mm; }
-html { font-size: 10.5pt; }
+html { font-size: 9.5pt; }
 body { background: white; }
 article.bd-article { padding: 0 !important; }
 article + article { break-before: page; }
-h1, h2, h3, figcaption { break-after: avoid; }
+h1, h2, h3 { break-after: avoid; }
+pre, div:is(.cell, .cell_input, .cell_output, .highlight, .admonition) { break-inside: auto !important; }
 figure, table, .explorer { break-inside: avoid; }
-pre { white-space: pre-wrap !important; overflow-wrap: anywhere; font-size: 8.5pt; }
+pre { white-space: pre-wrap !important; overflow-wrap: anywhere; font-size: 7.5pt; }
 div:is(.cell_output, .cell_input, .pst-scrollable-table-container) { overflow: visible !important; }
-table { font-size: 9pt; }
+table { font-size: 8.5pt; }
 /* The widest table has 17 columns, and what overflows would shrink the whole book. */
 #results table { font-size: 5.5pt; line-height: 1.2; }
 #results :is(td, th) { padding: 1px 2px; }

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import live_model as live
+import print_book
 import pytest
 import torch
 from test_live import read_models
@@ -515,6 +516,14 @@ def test_a_first_visit_is_small(browser):
         page.wait_for_load_state("load")
         paths = [Path(unquote(urlsplit(url).path)) for url in loaded if url.startswith("file:")]
     assert len(paths) > 10 and sum(len(gzip.compress(path.read_bytes())) for path in paths) < 700_000
+
+
+def test_links_lead_from_page_to_page_of_the_pdf():
+    joined = print_book.join(PAGES.parent)
+    text = joined.read_text()
+    joined.unlink()
+    places, targets = set(re.findall(' id="([^"]+)"', text)), set(re.findall('href="#([^"]+)"', text))
+    assert {"05_graph_retrieval", "results"} <= targets <= places and text.count("<article") == len(CHAPTERS + OTHERS)
 
 
 def test_search_works_from_a_folder(browser):

@@ -59,13 +59,19 @@ def findings_table(runs: list[Run]) -> str:
     models = grouped(runs)
     steps = json.loads((COMMITTED / "benchmark" / "cpu.json").read_text())["step"]
     milliseconds = {(row["task"], row["size"], row["passes"]): row["compiled"]["ms"] for row in steps}
-    columns = ["right about", "N\u00a0=\u00a01", "N\u00a0=\u00a04", "N\u00a0=\u00a01, four times the training"]
-    rows = [[*columns, "cost: a training step of N\u00a0=\u00a04 takes"], [":--"] + ["--:"] * 4]
+    columns = [
+        "right about",
+        "N\u00a0=\u00a01",
+        "N\u00a0=\u00a04",
+        "cost of N\u00a0=\u00a04",
+        "N\u00a0=\u00a01, trained 4\u00a0× longer",
+    ]
+    rows = [columns, [":--"] + ["--:"] * 4]
     for name, title, depth, unit, labels in FINDINGS:
         tables = [across_seeds([run.table for run in models[name, "laptop"][label]]) for label in labels]
         longer = milliseconds[name, "laptop", 4] / milliseconds[name, "laptop", 1]
         shares = [f"{table[depth].accuracy:.0%}" for table in tables]
-        rows.append([f"{title}, {depth} {unit}", *shares, f"{longer:.1f}\u00a0times"])
+        rows.append([f"{title}, {depth} {unit}", *shares[:2], f"{longer:.1f}\u00a0×", shares[2]])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
