@@ -244,9 +244,12 @@
         Object.assign(lane, { key, trace: sleepeduLive.sleep(lane.n, edges()) });
         lane.asleep = performance.now() - began;
       }
-      const began = performance.now();
-      lane.probabilities = sleepeduLive.softmax(sleepeduLive.wake(lane.n, lane.trace.at(-1), state.hops, state.start));
-      lane.awake = performance.now() - began;
+      lane.awake = Infinity;
+      for (let times = 0; times < 5; times++) { // the shortest of five: the first is compiled on the way
+        const began = performance.now();
+        lane.probabilities = sleepeduLive.softmax(sleepeduLive.wake(lane.n, lane.trace.at(-1), state.hops, state.start));
+        lane.awake = Math.min(lane.awake, performance.now() - began);
+      }
       lane.ranked = lane.probabilities.map((_, word) => word).sort((a, b) => lane.probabilities[b] - lane.probabilities[a]);
       const share = stored.models[lane.n].accuracy[state.hops];
       lane.element.querySelector(".live-name").textContent = `N = ${lane.n}`;
