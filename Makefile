@@ -6,11 +6,15 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
+.PHONY: book pdf test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
 	@echo "The book is built: open _build/html/index.html in a browser."
+
+# The book on paper, _build/language-models-that-sleep.pdf; a browser prints it.
+pdf: book
+	$(BIN)/python book/print_book.py
 
 # Each chapter runs once, as the book is built: an error in a cell is an error of the build. Building the book takes a core,
 # so the tests of the library run beside it.
