@@ -27,6 +27,7 @@ def test_a_label_says_what_differs_from_the_recipe():
 
     assert label(passes=4, seed=2) == "N=4"
     assert label(model="kept") == "keeps its cache"
+    assert label(passes=2, precision="float32") == "N=2, float32"
     assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == "N=2, inject, 500 steps, rate 0.02"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from sleepedu import checks
+from sleepedu.fast.precision import PRECISIONS
 from sleepedu.model import CARRIES, ModelConfig
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
@@ -118,6 +119,7 @@ class Experiment:
     carry: str = _setting("", f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}")
     steps: int = _setting(0, "instead of the recipe's")
     learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
+    precision: str = _setting("", f"of large products, instead of the recipe's: one of {', '.join(PRECISIONS)}")
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
@@ -142,6 +144,7 @@ class Experiment:
             self.carry if self.carry != self.recipe.carry else "",
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
+            self.precision,
             f"seed{self.seed}",
         ]
         return "-".join(filter(None, parts))
@@ -167,6 +170,8 @@ class Experiment:
         settings["steps"] = (self.steps or settings["steps"]) * (4 if self.model == "longer" else 1)
         if rate := self.learning_rate or self.recipe.learning_rates.get(self.passes):
             settings["learning_rate"] = rate
+        if self.precision:
+            settings["precision"] = self.precision
         return TrainConfig(**settings)
 
     @property

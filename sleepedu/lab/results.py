@@ -18,7 +18,8 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 
     def place(run: Run) -> tuple:
         e = run.experiment
-        return e.task, e.size, list(MODELS).index(e.model), e.passes, e.carry, e.steps, e.learning_rate, e.seed
+        kind = e.task, e.size, list(MODELS).index(e.model)
+        return *kind, e.passes, e.carry, e.steps, e.learning_rate, e.precision, e.seed
 
     together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=place):
@@ -34,6 +35,7 @@ def label(run: Run) -> str:
         e.carry if e.carry != e.recipe.carry else "",
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
+        e.precision,
     ]
     return ", ".join(filter(None, words))
 
