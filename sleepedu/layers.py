@@ -102,15 +102,13 @@ class FastWeightMixer(nn.Module):
 
     def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> RuleInputs:
         """Return what the rule gets of every token of x (b, l, w), in the dtype of S; and the gate."""
-        h = self.heads
         mixed, gate = self.project(x).split((2 * self.keys + self.values, self.values), dim=-1)
         qk, v = self.convolve(mixed, cache).split((2 * self.keys, self.values), dim=-1)
-        qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * h).to(dtype)
-        v = rearrange(v, "b l (h d) -> b h l d", h=h).to(dtype)
+        qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
+        v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
         forget, write = self.gates(x).to(dtype).mT.chunk(2, dim=1)  # (b, h, l)
         d = qk.shape[-1]  # a vector of unit length has a mean square of 1 / d
-        qk = F.rms_norm(qk, (d,), eps=EPSILON**2 / d) * d**-0.5
-        q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (b, h, l, d)
+        q, k = (F.rms_norm(qk, (d,), eps=EPSILON**2 / d) * d**-0.5).transpose(1, 2).chunk(2, dim=1)  # (b, h, l, d)
         log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)  # (b, h, l)
         return RuleInputs(q, k, v, log_a, self.write_range * write.sigmoid(), gate)
 
@@ -125,10 +123,7 @@ class FastWeightMixer(nn.Module):
         if cache is not None:
             cache.tail = seen[:, length:]  # (b, reach, c)
         *taps, own = self.taps  # of the token most steps back first
-        y = x * own
-        for begin, tap in enumerate(taps):
-            y = y + seen[:, begin : begin + length] * tap
-        return F.silu(y)
+        return F.silu(sum((seen[:, j : j + length] * tap for j, tap in enumerate(taps)), start=x * own))
 
 
 class SwiGLU(nn.Module):

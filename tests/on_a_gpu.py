@@ -212,6 +212,13 @@ def test_a_stored_run(tiny_experiment, tmp_path):
     assert experiments.reproduce(run)[1]
 
 
+def test_what_does_not_fit_is_refused_before_the_first_step(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1e6))
+    with pytest.raises(ValueError, match=r"graph-smoke-.* takes .* GB of memory, there is room for 0\.0"):
+        experiments.run(tiny_experiment, "cuda", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_benchmark(monkeypatch):
     def once(functions, device, *rest, **named):
         for function in functions.values():

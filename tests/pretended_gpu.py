@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -143,7 +144,7 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return OnGPU(x) if isinstance(x, torch.Tensor) and not isinstance(x, OnGPU) else x
 
     kwargs_inside = tree_map(inside, kwargs)
-    if wanted is not None:
+    if wanted is not None and there:
         kwargs_inside["device"] = torch.device("cpu")
     out = INSTEAD.get(name, func)(*tree_map(inside, args), **kwargs_inside)
     if not there:
@@ -239,6 +240,7 @@ def pretended_gpu() -> Iterator[Counts]:
         (torch.cuda, "current_device"): lambda: 0,
         (torch.cuda, "synchronize"): lambda device=None: None,
         (torch.cuda, "get_device_name"): lambda device=None: "a pretended GPU",
+        (torch.cuda, "get_device_properties"): lambda device=None: SimpleNamespace(total_memory=16e9),
         (torch.cuda, "is_bf16_supported"): lambda including_emulation=True: True,
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda.amp.common, "amp_definitely_not_available"): lambda: False,

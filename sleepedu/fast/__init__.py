@@ -29,7 +29,7 @@ def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, 
     if multiple is not None and q.is_cuda:
         multiple = operator.ON_A_GPU
     fits = multiple is not None and v.shape[-1] % multiple == 0 and q.dtype == torch.float32
-    available = {"cpu": cpp_is_available, "cuda": triton_is_available}.get(q.device.type)
+    available = {"cpu": cpp_is_available, "cuda": triton_is_available, "meta": lambda: True}.get(q.device.type)
     if fits and available is not None and not torch._C._are_functorch_transforms_active() and available():
         return operator.GatedDelta.apply(q, k, v, log_a, b, S)
     return gated_delta_chunked(q, k, v, log_a, b, S)
