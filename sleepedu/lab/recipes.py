@@ -47,6 +47,7 @@ SHORT = {"steps": 300, "batch": 64}
 RING = {"nodes": 8, "hops": 4, "queries": 8}
 ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
+WIDE = {"layout": "agag", "width": 128}
 COLAB = {"learning_rate": 0.005, "adam_learning_rate": 0.005, "warmup": 200}
 MANY_RINGS = {"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3, "tested": (1, 2, 4, 8, 16)}
 RECIPES = {
@@ -55,11 +56,7 @@ RECIPES = {
     # As laptop, but what is to be joined lies in several windows.
     ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS),
     # The colab sizes take by our estimate a quarter of an hour on a T4; that of rule110 was run, on an H100.
-    ("graph", "colab"): Recipe(
-        {"nodes": 24, "hops": 8, "queries": 24},
-        {"layout": "agag", "width": 128},
-        {"steps": 5000, "batch": 128, **COLAB},
-    ),
+    ("graph", "colab"): Recipe({"nodes": 24, "hops": 8, "queries": 24}, WIDE, {"steps": 5000, "batch": 128, **COLAB}),
     ("graph", "paper"): Recipe(
         {**MANY_RINGS, "name_tokens": 2},
         {"layout": "gaga", "width": 512, "heads": 8},
@@ -74,7 +71,7 @@ RECIPES = {
     ),
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
-        {"layout": "agag", "width": 128, "positions": 24},
+        {**WIDE, "positions": 24},
         {"steps": 3500, "batch": 256, **COLAB},
     ),
     # The paper's model and form of the task, with a mixture of t; not run yet.
@@ -92,7 +89,7 @@ RECIPES = {
     ),
     ("math", "colab"): Recipe(
         {"quantities": 16, "operations": 8, "digits": 5, "less": False},
-        {"layout": "agag", "width": 128},
+        WIDE,
         {"steps": 3000, "batch": 128, **COLAB},
         carry="inject",
     ),
