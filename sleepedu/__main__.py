@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "for a program to read"},
     "--only": {"nargs": "+", "default": list(benchmark.PARTS), "choices": list(benchmark.PARTS), "help": "parts of it"},
     "--quiet": {"action": "store_true", "help": "show no progress"},
-    "--recompute": {"action": "store_true", "help": "much less memory for about a third more time"},
+    "--recompute": {"action": argparse.BooleanOptionalAction, "help": "less memory, a third more time; as the recipe"},
     "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
     "--seed": {"type": int, "help": "of the examples; another than the run's own"},
     "--threads": {"type": int, "default": 1, "help": "of the CPU; more are slower on a busy machine"},

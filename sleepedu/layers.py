@@ -100,20 +100,19 @@ class FastWeightMixer(nn.Module):
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # there is no autocast on meta
             o, S = fast_rule(self.rule, q, k, v, log_a, b, S)  # (b, h, l, d)
-            o = F.rms_norm(o, self.norm.shape, self.norm.to(o.dtype), EPSILON)
-        o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
+            o = F.rms_norm(rearrange(o, "b h l d -> b l h d"), self.norm.shape, self.norm.to(o.dtype), EPSILON)
+        o = o.flatten(2) * F.silu(gate)  # (b, l, h d)
         return self.out(o.to(gate.dtype)), S  # (b, l, w)
 
     def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> RuleInputs:
         """Return what the rule gets of every token of x (b, l, w), in the dtype of S; and the gate."""
-        h = self.heads
         mixed, gate = self.project(x).split((2 * self.keys + self.values, self.values), dim=-1)
         qk, v = self.convolve(mixed, cache).split((2 * self.keys, self.values), dim=-1)
-        qk = rearrange(qk, "b l (two h d) -> two b h l d", two=2, h=h).to(dtype)
-        v = rearrange(v, "b l (h d) -> b h l d", h=h).to(dtype)
-        forget, write = rearrange(self.gates(x).to(dtype), "b l (two h) -> two b h l", two=2)
-        # F.normalize says the same, and takes 2% of a training step that is not compiled more.
-        q, k = qk * (qk.square().sum(dim=-1, keepdim=True) + EPSILON**2).rsqrt()  # (b, h, l, d) of unit length
+        qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
+        v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
+        forget, write = self.gates(x).to(dtype).mT.chunk(2, dim=1)  # (b, h, l)
+        d = qk.shape[-1]  # a vector of unit length has a mean square of 1 / d
+        q, k = (F.rms_norm(qk, (d,), eps=EPSILON**2 / d) * d**-0.5).transpose(1, 2).chunk(2, dim=1)  # (b, h, l, d)
         log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)  # (b, h, l)
         return RuleInputs(q, k, v, log_a, self.write_range * write.sigmoid(), gate)
 
@@ -127,10 +126,8 @@ class FastWeightMixer(nn.Module):
         seen = torch.cat((tail, x), dim=1)  # (b, reach + l, c)
         if cache is not None:
             cache.tail = seen[:, length:]  # (b, reach, c)
-        y = x * self.taps[-1]
-        for j in range(1, reach + 1):
-            y = torch.addcmul(y, seen[:, reach - j : reach - j + length], self.taps[-1 - j])
-        return F.silu(y)
+        *taps, own = self.taps  # of the token most steps back first
+        return F.silu(sum((seen[:, j : j + length] * tap for j, tap in enumerate(taps)), start=x * own))
 
 
 class SwiGLU(nn.Module):
@@ -175,8 +172,7 @@ def rotate(x: Tensor, start: int) -> Tensor:
     """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
     length, half = x.shape[-2], x.shape[-1] // 2
     whole = torch.promote_types(x.dtype, torch.float32)
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=whole) / half)
+    frequency = torch.logspace(0, 4 / half - 4, half, device=x.device, dtype=whole)  # 10,000^(-i / half)
     angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (l, half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (l, half)
-    x1, x2 = x.chunk(2, dim=-1)  # (..., l, half) each
-    return torch.cat((torch.addcmul(x1 * cos, x2, -sin), torch.addcmul(x2 * cos, x1, sin)), dim=-1)  # (..., l, size)
+    angle = torch.cat((-angle, angle), dim=-1)  # (l, size): of the halves of x, whose partner is the other half
+    return x * angle.cos().to(x.dtype) + x.roll(half, dims=-1) * angle.sin().to(x.dtype)

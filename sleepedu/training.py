@@ -43,6 +43,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     clip: float = 1.0
     precision: str = "auto"  # of large products, as in ``fast.precision``; S stays float32
+    parts: int = field(default=1, metadata=checks.LATER)  # of a batch, one after the other, for less memory
 
     def __post_init__(self):
         fewest, most = self.range_of_passes
@@ -51,7 +52,7 @@ class TrainConfig:
         if fewest > most:
             raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
         checks.seed(self.seed)
-        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("parts", 1)):
             checks.whole(name, getattr(self, name), least)
         for name in ("learning_rate", "adam_learning_rate", "clip"):
             checks.finite(name, getattr(self, name), above=0)
@@ -141,7 +142,7 @@ def train(
     answering: nn.Module = AnsweringEpisodes(model, recompute)
     if ranks > 1:  # a parameter without gradient (inject, at N = 1) never has one, unless N varies
         answering = DistributedDataParallel(answering, static_graph=not varies, find_unused_parameters=varies)
-    gradients: Callable = partial(find_gradients, state, answering)
+    gradients: Callable = partial(find_gradients, state, answering, parts=config.parts)
     if compile and device.type == "cuda" and ranks == 1:
         gradients = Recorded(gradients, model.parameters())
     saved = nullcontext() if checkpoint is None else checkpoint.running(state, task, config)
@@ -204,14 +205,17 @@ def training_step(state: TrainingState, gradients: Callable, episode: Episode, p
     return torch.stack((loss, accuracy, norm, torch.ones_like(norm)))
 
 
-def find_gradients(state: TrainingState, answering: nn.Module, episode: Episode, passes: int) -> tuple[Tensor, Tensor]:
-    """Let ``AnsweringEpisodes``, or what wraps it, answer; leave gradients in the model; return what ``score`` does."""
+def find_gradients(state: TrainingState, answering: nn.Module, episode: Episode, passes: int, parts: int = 1) -> Any:
+    """Let ``AnsweringEpisodes`` answer, a part of the episode after the other; leave gradients; return as ``score``."""
     state.model.zero_grad(set_to_none=True)
-    with autocast(state.precision, episode.prompt.device):
-        logits = answering(episode, passes)
-    loss, accuracy = score(logits.float(), episode)
-    state.scaler.scale(loss).backward()
-    return loss.detach(), accuracy
+    found = torch.zeros(2, device=episode.prompt.device)
+    for part in (episode[first::parts] for first in range(parts)):
+        with autocast(state.precision, part.prompt.device):
+            logits = answering(part, passes)
+        loss, accuracy = score(logits.float(), part, episode)
+        state.scaler.scale(loss).backward()
+        found += torch.stack((loss.detach(), accuracy))
+    return found.unbind()
 
 
 class AnsweringEpisodes(nn.Module):
@@ -225,13 +229,13 @@ class AnsweringEpisodes(nn.Module):
         return run_episode(self.model, episode, passes, recompute=self.recompute)
 
 
-def score(logits: Tensor, episode: Episode) -> tuple[Tensor, Tensor]:
+def score(logits: Tensor, episode: Episode, whole: Episode | None = None) -> tuple[Tensor, Tensor]:
     """Return the masked cross-entropy (nats a scored token) and the share of scored tokens that are right.
 
-    logits: (b, p, V) for the episode's prompt. Of ranks that train together the mean is that of the whole batch.
+    logits: (b, p, V) for the episode's prompt. Of a part of a whole, or of a rank's batch, both are shares in the mean.
     """
     # Sums over all positions: a GPU's host need not wait to hear how many are scored, and a rank may have none.
-    count, ranks = episode.asked.sum(), rank_and_ranks()[1]
+    count, ranks = (whole or episode).asked.sum(), rank_and_ranks()[1]
     if ranks > 1:
         dist.all_reduce(count)
     count = count.clamp(min=1) / ranks  # who asks nothing adds nothing

@@ -20,7 +20,7 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "tasks/batches tasks/cellular_automaton tasks/graph_retrieval tasks/math_reasoning",
     "tasks/__init__",
     "fast_weights",
-    "fast/cpp fast/gpu",
+    "fast/cpp fast/gpu fast/memory",
     "fast/operator",
     "fast/__init__",
     "fast/compiling fast/precision fast/recording",
@@ -48,7 +48,7 @@ ROOMS = ("core", "beside the core", "tasks", "fast", "lab", "pictures", "face", 
 FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
-LIMITS = {"core": 1050, "all but fast": 4350, "fast": 650}  # lines; what is fast has a naive form elsewhere
+LIMITS = {"core": 1050, "all but fast": 4450, "fast": 680}  # lines; what is fast has a naive form elsewhere
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

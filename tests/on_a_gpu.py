@@ -203,13 +203,20 @@ def test_an_example_is_drawn_wherever_it_is():
 
 def test_a_stored_run(tiny_experiment, tmp_path):
     run = experiments.run(tiny_experiment, "cuda", tmp_path, examples=20)
-    assert run.provenance["device"] == "cuda" and not run.provenance["kernel"] and run.provenance["processor"]
+    assert run.provenance["device"] == "cuda" and run.provenance["kernel"] and run.provenance["processor"]
     model = run.load_model("cuda")
     assert model.head.weight.device.type == "cuda"
     task = run.make_task()
     again = accuracy_by_depth(model, task, run.experiment.passes, 20, run.experiment.seed)
     assert again == run.table
     assert experiments.reproduce(run)[1]
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1e6))
+    with pytest.raises(ValueError, match=r"graph-smoke-.* takes .* GB of memory, there is room for 0\.0"):
+        experiments.run(tiny_experiment, "cuda", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_benchmark(monkeypatch):

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -54,6 +55,7 @@ load()
 import torch
 import torch.amp.autocast_mode
 import torch.cuda.amp.common
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -62,6 +64,13 @@ GPU = torch.device("cuda", 0)
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 MAY_MIX = {"copy_", "_to_copy", *INDEXING}
+# Operators are counted as the kernels that CUDA runs for them: one, but for these. A slice's gradient is zeros and a
+# copy; the rule's is two kernels.
+KERNELS = {"slice_backward": 2, "select_backward": 2, "gated_delta_backward": 2, "_unsafe_view": 0}
+# What CUDA has a kernel for and a CPU puts together; autograd asks whether there is one.
+ON_CUDA = torch.library.Library("aten", "IMPL", "CUDA")
+for one in ("_fused_rms_norm", "silu_backward"):
+    ON_CUDA.impl(one, lambda *_: None)
 
 
 @dataclass
@@ -135,15 +144,41 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return OnGPU(x) if isinstance(x, torch.Tensor) and not isinstance(x, OnGPU) else x
 
     kwargs_inside = tree_map(inside, kwargs)
-    if wanted is not None:
+    if wanted is not None and there:
         kwargs_inside["device"] = torch.device("cpu")
-    if name == "_fused_sdp_choice":
-        return 0  # no fused attention, whose operators are the CPU's own
-    out = func(*tree_map(inside, args), **kwargs_inside)
+    out = INSTEAD.get(name, func)(*tree_map(inside, args), **kwargs_inside)
     if not there:
         return out
     out = tree_map(outside, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours and aliases(func) else out
+
+
+plain_attention = F.scaled_dot_product_attention
+
+
+def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Choose as a GPU does: one kernel where there is no mask."""
+    if not isinstance(q, OnGPU) or attn_mask is not None:
+        return plain_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(q, k, v, None, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def attention(q, k, v, mask, with_sums, dropout=0.0, causal=False, **named):
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, **named)
+    return out, sums, torch.zeros(()), torch.zeros(())
+
+
+def attention_backward(d, q, k, v, mask, out, sums, seed, offset, dropout, wanted, causal=False, **named):
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return *backward(d, q, k, v, out, sums, dropout, causal, **named), None
+
+
+INSTEAD = {  # a CPU computes it otherwise, or under another name
+    "_fused_rms_norm_backward": torch._decomp.decompositions._fused_rms_norm_backward,
+    "_scaled_dot_product_efficient_attention": attention,
+    "_scaled_dot_product_efficient_attention_backward": attention_backward,
+}
 
 
 @functools.cache
@@ -175,7 +210,7 @@ def _count(func: Any, name: str, there: bool, args: tuple, ours: list, others: l
             if index is not None and (index.dtype == torch.bool or not isinstance(index, OnGPU)):
                 COUNTS.waits[f"{name} {_place()}"] += 1
     if there and aliases(func) != {"view"} and not name.startswith(("empty", "new_empty", "_local_scalar")):
-        COUNTS.launches[name] += 1
+        COUNTS.launches[name] += KERNELS.get(name, 1)
 
 
 def _place() -> str:
@@ -195,7 +230,9 @@ def pretended_gpu() -> Iterator[Counts]:
     from sleepedu import fast  # now, because torch must not be imported before a GPU is pretended
 
     instead: dict[tuple[Any, str], Any] = {
-        (fast, "_triton"): False,  # it would write machine code
+        (fast, "_triton"): True,  # it is counted as if it were, and computed in C++
+        (torch.utils._foreach_utils, "_foreach_supported_types"): [torch.Tensor, OnGPU, torch.nn.Parameter],
+        (F, "scaled_dot_product_attention"): fused_attention,
         (os, "cpu_count"): lambda: 1,  # other processes would not know of this GPU
         (torch.cuda, "is_available"): lambda: True,
         (torch.cuda, "_lazy_init"): lambda: None,
@@ -203,6 +240,7 @@ def pretended_gpu() -> Iterator[Counts]:
         (torch.cuda, "current_device"): lambda: 0,
         (torch.cuda, "synchronize"): lambda device=None: None,
         (torch.cuda, "get_device_name"): lambda device=None: "a pretended GPU",
+        (torch.cuda, "get_device_properties"): lambda device=None: SimpleNamespace(total_memory=16e9),
         (torch.cuda, "is_bf16_supported"): lambda including_emulation=True: True,
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda.amp.common, "amp_definitely_not_available"): lambda: False,

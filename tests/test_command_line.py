@@ -49,6 +49,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--seed", "9" * 30], ""),
         ([*SMOKE, "--steps", "-1"], "steps"),
         ([*SMOKE, "--learning-rate", "-1"], "learning_rate must be above 0"),
+        ([*SMOKE, "--precision", "half"], "precision 'half' is unknown: use one of auto, float32"),
         ([*SMOKE, "--device", "tpu"], "device 'tpu' is unknown"),
         ([*SMOKE, "--threads", "-1"], "threads"),
         ([*SMOKE, "--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -126,6 +127,7 @@ def test_train_evaluate_and_results(capsys, tmp_path):
         "learning_rate": 0.0,
         "rule": "gated_delta",
         "trained_from": "",
+        "precision": "",
         "steps": 4,
         "tokens": 4 * 64 * 24,
     }

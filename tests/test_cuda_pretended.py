@@ -1,5 +1,6 @@
 """What ``on_a_gpu.py`` says of a GPU, on one that is pretended, which refuses and counts as a GPU does."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,13 @@ def python(*arguments):
 def test_every_public_call_gives_on_a_gpu_the_numbers_of_the_cpu():
     shown = python("-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider", HERE / "on_a_gpu.py")
     assert " passed" in shown and "skipped" not in shown
+
+
+def test_a_step_launches_no_more_kernels_than_is_stored_and_never_waits():
+    stored = json.loads((HERE.parent / "book/runs/benchmark/launches.json").read_text())
+    for row, now in zip(stored, json.loads(python(HERE / "gpu_step.py")), strict=True):  # three faults are found, too
+        for precision in ("float32", "bfloat16"):
+            assert now[precision] <= 1.02 * row[precision], (now, row)  # another version of torch may count otherwise
 
 
 def test_a_pretended_gpu_refuses_and_counts():

@@ -109,6 +109,7 @@ VARIANTS = (
     + [{"seed": 1}, {"steps": 7}, {"learning_rate": 0.5}, {"model": "transformer"}, {"model": "longer"}]
     + [{"carry": carry} for carry in CARRIES if carry != "hidden"]
     + [{"rule": rule} for rule in RULES if rule != "gated_delta"]
+    + [{"precision": precision} for precision in ("float32", "bfloat16")]
 )
 
 
@@ -169,6 +170,7 @@ def test_a_field_that_came_later_is_told_only_where_it_is_not_at_its_default(mon
         ({"model": "longer", "passes": 2}, "model 'longer' does not sleep"),
         ({"seed": -1}, "seed must lie in 0..4294967295, got -1"),
         ({"learning_rate": -0.1}, "learning_rate must be above 0.* got -0.1"),
+        ({"precision": "half"}, "precision 'half' is unknown: use one of auto"),
         ({"steps": -5}, "steps must be at least 0, got -5"),
     ],
 )

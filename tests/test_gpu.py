@@ -4,15 +4,21 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import gpu_memory
 import pytest
 import torch
 
+from sleepedu.fast.memory import Memory
 from sleepedu.fast.precision import PRECISIONS, choose_precision, tf32
-from sleepedu.lab.recipes import Experiment
+from sleepedu.lab.experiments import check_memory, step_bytes
+from sleepedu.lab.recipes import RECIPES, Experiment
+from sleepedu.model import SleepLM
 from sleepedu.tasks.batches import prefetched
-from sleepedu.training import TrainConfig, train
+from sleepedu.training import AnsweringEpisodes, TrainConfig, begin_training, find_gradients, train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -75,3 +81,60 @@ def test_batches_are_the_same_wherever_a_run_begins():
     for step, (episode, passes) in enumerate(prefetched(task, config, 4, CPU), 4):
         assert torch.equal(episode.windows, whole[step][0].windows) and passes == whole[step][1]
     assert len(whole) == 6 and step == 5
+
+
+STORED = json.loads((Path(__file__).parent.parent / "book/runs/benchmark/memory.json").read_text())
+
+
+def test_every_recipe_for_a_gpu_has_its_memory_stored_and_fits_its_card():
+    assert {(row["task"], row["size"]) for row in STORED} == {key for key in RECIPES if key[1] in gpu_memory.CARDS}
+    assert all(0 < row["parameters"] < row["total"] < 0.9 * row["card"] for row in STORED)
+
+
+@pytest.mark.parametrize("row", STORED, ids=lambda row: f"{row['task']}-{row['size']}")
+def test_the_memory_of_a_recipe_is_what_is_stored(row):
+    experiment = Experiment(row["task"], row["size"], passes=row["passes"])
+    found = sum(step_bytes(experiment, row["batch"], row["recompute"]).values())
+    assert found == pytest.approx(row["total"], rel=0.05)  # another version of torch may keep a little more
+
+
+def test_memory_counts_what_is_alive_and_once():
+    with Memory() as memory:
+        x = torch.zeros(1000, device="meta")
+        y = x.view(10, 100)[1:]
+        z = y + 1
+        del z
+        assert (memory.now, memory.most) == (4000, 7600) and y.is_meta
+
+
+def test_what_does_not_fit_is_refused_with_what_would_fit():
+    experiment = Experiment("graph", "smoke", passes=4)
+    kept, less = (sum(step_bytes(experiment, 6400, way).values()) for way in (False, True))
+    assert less < kept / 2
+    check_memory(experiment, 6400, False, SimpleNamespace(total_memory=kept / 0.89))
+    with pytest.raises(ValueError, match=f"takes {kept / 1e9:.1f} GB .*: --recompute takes {less / 1e9:.1f}"):
+        check_memory(experiment, 6400, False, SimpleNamespace(total_memory=less / 0.89))
+    with pytest.raises(ValueError, match="take a smaller size, or a GPU that has more"):
+        check_memory(experiment, 6400, True, SimpleNamespace(total_memory=less))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts, make_model):
+    task = Experiment("rule110", "smoke").make_task()
+    model = make_model("ag", vocabulary=len(task.words))
+    state = begin_training(model, task, TrainConfig())
+    episode = task.sample(5, torch.Generator().manual_seed(0))
+    found = {}
+    for n in (1, parts):
+        measured = find_gradients(state, AnsweringEpisodes(model), episode, 2, n)
+        found[n] = [*measured, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    for part, whole in zip(found[parts], found[1], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["graph", "rule110", "math"])
+def test_the_colab_sizes_train(task):
+    experiment = Experiment(task, "colab", passes=2)
+    model, config = SleepLM(experiment.model_config), replace(experiment.train_config, steps=2, batch=2)
+    history = train(model, experiment.make_task(), config)
+    assert history.step == [1, 2] and max(history.loss) < 10

@@ -30,6 +30,7 @@ def test_a_label_says_what_differs_from_the_recipe():
     assert label(model="kept") == "keeps its cache"
     assert label(model="longer") == "N=1, 4x steps" and label(model="deeper") == "N=1, 4x layers"
     assert label(model="deeper", size="smoke") == "N=1, 4x layers, 0.615x steps", "for the operations of four passes"
+    assert label(passes=2, precision="float32") == "N=2, float32"
     assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == "N=2, inject, 500 steps, rate 0.02"
     assert label(carry="gate", rule="delta", trained_from="graph-laptop-sleep-N1-seed2") == (
         "N=1, gate, delta, from sleep-N1"

@@ -15,6 +15,7 @@ from sleepedu.fast import cpp, operator
 from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
 _triton: bool = importlib.util.find_spec("triton") is not None
+_shapes: bool = True  # on "meta" it counts as compiled
 _cpp: bool | None = None  # a plain value, which torch.compile can read; None until it is first asked for
 
 
@@ -40,7 +41,7 @@ def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, 
     if multiple is not None and q.is_cuda:
         multiple = operator.ON_A_GPU
     fits = multiple is not None and v.shape[-1] % multiple == 0 and q.dtype == torch.float32
-    available = {"cpu": cpp_is_available, "cuda": triton_is_available}.get(q.device.type)
+    available = {"cpu": cpp_is_available, "cuda": triton_is_available, "meta": lambda: _shapes}.get(q.device.type)
     if fits and available is not None and not torch._C._are_functorch_transforms_active() and available():
         return operator.GatedDelta.apply(q, k, v, log_a, b, S)
     return gated_delta_chunked(q, k, v, log_a, b, S)
@@ -62,10 +63,10 @@ def triton_is_available() -> bool:
 @contextlib.contextmanager
 def without_compiled_rule() -> Iterator[None]:
     """Do without the rule in C++ and in Triton meanwhile: it runs in chunks."""
-    global _cpp, _triton
-    before = _cpp, _triton
-    _cpp = _triton = False
+    global _cpp, _triton, _shapes
+    before = _cpp, _triton, _shapes
+    _cpp = _triton = _shapes = False
     try:
         yield
     finally:
-        _cpp, _triton = before
+        _cpp, _triton, _shapes = before

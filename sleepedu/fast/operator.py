@@ -15,8 +15,9 @@ ON_A_GPU = 16  # and what on a GPU, whose units multiply matrices of 16 rows at 
 class GatedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_a, b, S):
-        o, w, S_end = torch.ops.sleepedu.gated_delta(q, k, v, log_a, b, S)
-        ctx.save_for_backward(q, k, v, log_a, b, S, w)
+        a = log_a.exp()
+        o, w, S_end = torch.ops.sleepedu.gated_delta(q, k, v, a, b, S)
+        ctx.save_for_backward(q, k, v, a, b, S, w)
         return o, S_end
 
     @staticmethod
@@ -26,29 +27,29 @@ class GatedDelta(torch.autograd.Function):
 
 
 @library.custom_op("sleepedu::gated_delta", mutates_args=())
-def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    found = results_of(q, k, v, log_a, b, S)
-    _code(q.device).forward(q, k, v, log_a.exp(), b, S, *found)
+def forward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = results_of(q, k, v, a, b, S)
+    _code(q.device).forward(q, k, v, a, b, S, *found)
     return found
 
 
 @forward.register_fake
-def results_of(q, k, v, log_a, b, S):
+def results_of(q, k, v, a, b, S):
     return _room(v), _room(v), S.new_empty(S.shape)  # o; w, what the memory got wrong; S after the last token
 
 
 @library.custom_op("sleepedu::gated_delta_backward", mutates_args=())
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, w: Tensor, do: Tensor, dS: Tensor
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, w: Tensor, do: Tensor, dS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = gradients_of(q, k, v, log_a, b, S, w, do, dS)
-    _code(q.device).backward(q, k, v, log_a.exp(), b, S, w, do, dS, *found)
+    found = gradients_of(q, k, v, a, b, S, w, do, dS)
+    _code(q.device).backward(q, k, v, a, b, S, w, do, dS, *found)
     return found
 
 
 @backward.register_fake
-def gradients_of(q, k, v, log_a, b, S, w, do, dS):
-    return *map(_room, (q, k, v, log_a, b)), S.new_empty(S.shape)
+def gradients_of(q, k, v, a, b, S, w, do, dS):
+    return *map(_room, (q, k, v, a, b)), S.new_empty(S.shape)
 
 
 def _code(device):

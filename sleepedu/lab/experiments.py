@@ -17,13 +17,16 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast import without_compiled_rule
 from sleepedu.fast.compiling import can_compile
+from sleepedu.fast.memory import most_bytes
 from sleepedu.fast.precision import choose_precision
 from sleepedu.intervals import differing
 from sleepedu.lab import results, run_store
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
 from sleepedu.model import ModelConfig, SleepLM
-from sleepedu.training import History, TrainConfig, rank_and_ranks, train
+from sleepedu.sleep_loop import run_episode
+from sleepedu.tasks.base import Episode
+from sleepedu.training import History, TrainConfig, rank_and_ranks, score, train
 
 # What rounding can depend on, as it stands in a run's provenance; a run from before one was noted did without.
 ALIKE = ("device", "processor", "threads", "ranks", "compiled", "recomputed", "kernel", "python", "torch", "numpy")
@@ -37,18 +40,19 @@ def run(
     examples: int = 2000,
     *,
     compile: bool | None = None,
-    recompute: bool = False,
+    recompute: bool | None = None,
     committed: bool = True,
     starts: Path | str | None = None,
 ) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, if it may, then in ``directory``, where a new run goes; an interrupted run is resumed.
-    watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
-    more. starts: the folder with the run that the experiment goes on from, instead of ``directory``.
-    Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
-    Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
-    another process is training the same run; OSError when it cannot be written; and what ``begin`` raises.
+    watch, compile, recompute: as in ``train``; compile=None compiles where it can and pays, in a run of 1,000 steps or
+    more, recompute=None does as the recipe. starts: the folder with the run that the experiment goes on from, instead
+    of ``directory``. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
+    Raises ValueError for a device that is unknown, not there or too small, or examples outside 1..5,000,000;
+    BlockingIOError when another process trains the same run; OSError when it cannot be written; and what ``begin``
+    raises.
     """
     check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
@@ -63,9 +67,12 @@ def run(
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)
     if compile is None:
         compile = config.steps >= 1000 and can_compile(where)
+    recompute = experiment.recipe.recompute if recompute is None else recompute
     with ExitStack() as stack:
         with ranks_together(where, config.batch):
             rank, ranks = rank_and_ranks()
+            if where.type == "cuda":
+                check_memory(experiment, config.batch // ranks, recompute, torch.cuda.get_device_properties(where))
             if rank == 0:
                 stack.enter_context(storage.sole_use(path))  # until the run is stored
             torch.manual_seed(experiment.seed)
@@ -102,6 +109,30 @@ def begin(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], di
             if (its := getattr(found, field)) != value:
                 raise ValueError(f"{name} was trained with {field} {its!r}: it cannot go on with {value!r}")
     return {**experiment.settings, "trained_from": run.weights}, run.load_model().state_dict()
+
+
+def step_bytes(experiment: Experiment, batch: int, recompute: bool) -> dict[str, int]:
+    """Return the bytes of parameters, of what optimizers keep of them, and of a step's gradients and all else."""
+    task, model = experiment.make_task(), SleepLM(experiment.model_config).to("meta")
+    count = -(-batch // experiment.train_config.parts)
+    windows = torch.zeros(count, task.windows, task.window, dtype=torch.long, device="meta")
+    prompt = torch.zeros(count, task.prompt_length, dtype=torch.long, device="meta")
+
+    def step() -> None:
+        episode = Episode(windows, prompt, prompt, prompt)
+        score(run_episode(model, episode, experiment.passes, recompute=recompute), episode)[0].backward()
+
+    parameters = sum(parameter.nbytes for parameter in model.parameters())  # AdamW keeps two of each, Muon one
+    return {"parameters": parameters, "optimizers": 2 * parameters, "step": most_bytes(step)}
+
+
+def check_memory(experiment: Experiment, batch: int, recompute: bool, card: Any) -> None:
+    """Raise ValueError, which says what would fit, where a step leaves less than a tenth of a card's memory free."""
+    name, room = experiment.name, 0.9 * card.total_memory / 1e9
+    needed, less = (sum(step_bytes(experiment, batch, way).values()) / 1e9 for way in (recompute, True))
+    if needed > room:
+        fits = f"--recompute takes {less:.1f}" if less < room else "take a smaller size, or a GPU that has more"
+        raise ValueError(f"a step of {name} takes {needed:.1f} GB of memory, there is room for {room:.1f}: {fits}")
 
 
 def reproduce(

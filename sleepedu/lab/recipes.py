@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from sleepedu import checks
+from sleepedu.fast.precision import PRECISIONS
 from sleepedu.lab.compute import example_operations
 from sleepedu.model import CARRIES, RULES, ModelConfig
 from sleepedu.tasks import TASKS, Task
@@ -41,6 +42,7 @@ class Recipe:
     learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
     # Times the steps of the controls longer and deeper; unless it is said, as many as the operations of N = 4 pay for.
     control_steps: Mapping[str, float] = field(default_factory=dict)
+    recompute: bool = False  # as in ``sleep``, where no GPU would have the memory otherwise
 
 
 SMALL = {"layout": "ag", "width": 32, "heads": 2}
@@ -49,12 +51,16 @@ RING = {"nodes": 8, "hops": 4, "queries": 8}
 ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
 AS_STORED = {"longer": 4, "deeper": 1}  # times the steps: at least what N = 4 costs, up to 1.6 times as much
+WIDE = {"layout": "agag", "width": 128}
+COLAB = {"learning_rate": 0.005, "adam_learning_rate": 0.005, "warmup": 200}
 MANY_RINGS = {"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3, "tested": (1, 2, 4, 8, 16)}
 RECIPES = {
     ("graph", "smoke"): Recipe({"nodes": 6, "hops": 3, "queries": 6}, SMALL, SHORT),
     ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS, control_steps=AS_STORED),
     # As laptop, but what is to be joined lies in several windows.
     ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS, control_steps=AS_STORED),
+    # The colab sizes take by our estimate a quarter of an hour on a T4; that of rule110 was run, on an H100.
+    ("graph", "colab"): Recipe({"nodes": 24, "hops": 8, "queries": 24}, WIDE, {"steps": 5000, "batch": 128, **COLAB}),
     ("graph", "paper"): Recipe(
         {**MANY_RINGS, "name_tokens": 2},
         {"layout": "gaga", "width": 512, "heads": 8},
@@ -68,11 +74,10 @@ RECIPES = {
         learning_rates={4: 0.005},
         control_steps=AS_STORED,
     ),
-    # By our estimate a quarter of an hour on a T4; it was run on an H100.
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
-        {"layout": "agag", "width": 128, "positions": 24},
-        {"steps": 3500, "batch": 256, "learning_rate": 0.005, "adam_learning_rate": 0.005, "warmup": 200},
+        {**WIDE, "positions": 24},
+        {"steps": 3500, "batch": 256, **COLAB},
     ),
     # The paper's model and form of the task, with a mixture of t; not run yet.
     ("rule110", "mixture"): Recipe(
@@ -88,11 +93,18 @@ RECIPES = {
         carry="inject",
         control_steps=AS_STORED,
     ),
+    ("math", "colab"): Recipe(
+        {"quantities": 16, "operations": 8, "digits": 5, "less": False},
+        WIDE,
+        {"steps": 3000, "batch": 128, **COLAB},
+        carry="inject",
+    ),
     # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
     ("math", "paper"): Recipe(
         {"quantities": 360, "operations": 8, "ask": "one", "windows": 2, "sums": True, "name_words": 2},
         {"layout": "agag", "width": 512, "heads": 8},
-        {"steps": 20_000, "batch": 256, **PAPER, "learning_rate": 0.001},
+        {"steps": 20_000, "batch": 256, **PAPER, "learning_rate": 0.001, "parts": 4},
+        recompute=True,
     ),
     # 512 x 100 tokens a step: 5 billion tokens.
     ("rule110", "paper"): Recipe(
@@ -126,6 +138,7 @@ class Experiment:
     learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
     rule: str = _setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
     trained_from: str = _setting("", "stored run of this task and size to go on from; with its seed, on its examples")
+    precision: str = _setting("", f"of large products, instead of the recipe's: one of {', '.join(PRECISIONS)}")
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
@@ -154,6 +167,7 @@ class Experiment:
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
             self.trained_from.replace(f"{self.task}-{self.size}", "from", 1),
+            self.precision,
             f"seed{self.seed}",
         ]
         return "-".join(filter(None, parts))
@@ -179,6 +193,8 @@ class Experiment:
         settings["steps"] = round((self.steps or settings["steps"]) * self.times_the_steps)
         if rate := self.learning_rate or self.recipe.learning_rates.get(self.passes):
             settings["learning_rate"] = rate
+        if self.precision:
+            settings["precision"] = self.precision
         return TrainConfig(**settings)
 
     @property

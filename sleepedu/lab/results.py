@@ -39,6 +39,7 @@ def label(run: Run) -> str:
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
         f"from {start}" if start else "",
+        e.precision,
     ]
     return ", ".join(filter(None, words))
 
