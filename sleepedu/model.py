@@ -3,6 +3,7 @@
 Symbols: b batch, l tokens, w width, V vocabulary; h (b, l, w) hidden states; S (b, heads, d_v, d_k) for every layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,9 @@ class SleepLM(nn.Module):
     number, shape, device or dtype do not fit.
     """
 
+    not_hidden: tuple[str, ...] = (".gates.",)  # parts of the names of matrices that are not Muon's
+    in_coda = 0  # how many fast-weight layers come after those that a sleep loops
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -163,8 +167,19 @@ class SleepLM(nn.Module):
             h, of_layer[index] = block(h, of_layer.get(index), None if cache is None else cache[index])
         return h, tuple(of_layer[index] for index in self.fast_layers)  # (b, l, w), (b, heads, d_v, d_k) each
 
+    def prelude(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
+        """Run what a sleep runs once before its passes, as ``coda`` what it runs once after them: nothing, here."""
+        return h, S
+
+    coda = prelude
+
+    @property
+    def loop(self) -> Callable:
+        """What a sleep runs N times: ``blocks``, all of them."""
+        return self.blocks
+
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Return what the next sleep pass starts from, given this pass's h and the window's embedding (b, l, w)."""
+        """Return what the next sleep pass starts from, given this pass's h and the h (b, l, w) that the first got."""
         if self.config.carry == "hidden":
             return h
         if self.config.carry == "embed":
