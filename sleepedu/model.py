@@ -3,7 +3,6 @@
 Symbols: b batch, l tokens, w width, V vocabulary; h (b, l, w) hidden states; S (b, heads, d_v, d_k) for every layer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +44,7 @@ class ModelConfig:
     convolution: int = 4
     write_range: float = 2.0
     carry: str = "hidden"  # what one pass hands the next, as in CARRIES
-    positions: int = 0  # places of the window with a learned embedding; 0: rotary encoding alone, to which two equal
-    # tokens of a prompt look alike
+    positions: int = 0  # places with a learned embedding; 0: rotary alone, which tells two equal tokens not apart
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
@@ -96,6 +94,7 @@ class SleepLM(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         if config.positions:
             self.places = nn.Parameter(0.5 * torch.randn(config.positions, config.width))
+        self.fast_layers = [index for index, letter in enumerate(config.layout) if letter == "g"]
         self.layers = nn.ModuleList()
         for letter in config.layout:
             if letter == "g":
@@ -111,11 +110,6 @@ class SleepLM(nn.Module):
             with torch.no_grad():  # at first: the embedding plus half the normalised h
                 eye = torch.eye(config.width)
                 self.inject.weight.copy_(torch.cat((eye, eye / 2), dim=1))
-
-    @property
-    def fast_layers(self) -> list[int]:
-        """The indices of the blocks that have fast weights."""
-        return [index for index, letter in enumerate(self.config.layout) if letter == "g"]
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -173,10 +167,9 @@ class SleepLM(nn.Module):
 
     coda = prelude
 
-    @property
-    def loop(self) -> Callable:
-        """What a sleep runs N times: ``blocks``, all of them."""
-        return self.blocks
+    def loop(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
+        """Run what a sleep runs N times: all blocks, here."""
+        return self.blocks(h, S, cache)
 
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Return what the next sleep pass starts from, given this pass's h and the h (b, l, w) that the first got."""

@@ -42,9 +42,10 @@ def sleep(
     embedding, S = model.prelude(model.embed(tokens), S)  # (b, l, w)
     if trace is not None:
         trace.begin(S)
+    h = embedding
     for n in range(passes):
         with nullcontext() if trace is None else trace.watch(model):
-            h, S = loop(model.carry(h, embedding) if n else embedding, S)
+            h, S = loop(model.carry(h, embedding) if n else h, S)
     return model.coda(h, S)[1]
 
 

@@ -58,9 +58,8 @@ class TrainConfig:
         for name in ("weight_decay", "decay"):
             checks.finite(name, getattr(self, name))
         if not 0 <= self.decay <= 1 or self.weight_decay < 0:
-            raise ValueError(
-                f"decay must lie in 0..1 and weight_decay not be negative, got {self.decay}, {self.weight_decay}"
-            )
+            given = f"{self.decay}, {self.weight_decay}"
+            raise ValueError(f"decay must lie in 0..1 and weight_decay not be negative, got {given}")
         check_precision(self.precision)
 
     @property

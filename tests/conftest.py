@@ -1,5 +1,7 @@
 """What the tests share: one thread, no display, small models whose every parameter matters, one tiny stored run."""
 
+import re
+
 import matplotlib
 import pytest
 import soak
@@ -46,8 +48,8 @@ def make_tokenizer():
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
 
     def make(folder, digits: str = "0123456789") -> str:
-        said = "The dial shows now more less than the plus Question : what does show ? Answer .".split()
-        words = ["[UNK]", "\n", *digits, *dict.fromkeys(said), *COLOURS, *PLACES]
+        said = re.findall(r"\S+", "The dial shows now more less than the plus Question : what does show ? Answer .")
+        words = ["[UNK]", *digits, *said, *COLOURS, *PLACES]
         made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
         made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(folder)

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 
-import sleepedu
 from sleepedu import Episode, Session, SleepTrace, run_episode, sleep, sleep_until_settled, wake
 
 transformers = pytest.importorskip("transformers", reason="pip install 'sleepedu[pretrained]'")
@@ -225,7 +223,10 @@ def test_lora_begins_as_the_model_it_is_added_to_and_trains_nothing_else(kind, m
         (lambda hybrid, llama: load(hybrid, loop=(2, 3)), "these are 0, 1, 3, 4"),
         (lambda hybrid, llama: load(hybrid, carry="inject"), "use one of gate, hidden"),
         (lambda hybrid, llama: retrofit(llama, after=(1, 6)), "must lie in 0..5, got 6"),
-        (lambda hybrid, llama: retrofit(llama, after=(1,), loop=(2, 6)), "holds no block with fast weights: these are 1"),
+        (
+            lambda hybrid, llama: retrofit(llama, after=(1,), loop=(2, 6)),
+            "holds no block with fast weights: these are 1",
+        ),
         (lambda hybrid, llama: add_lora(load(hybrid), rank=0), "rank must be at least 1, got 0"),
     ],
 )

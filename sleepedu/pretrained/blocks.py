@@ -22,13 +22,13 @@ LORA = "lora_"  # what peft calls its matrices
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """What ``restore`` needs to build a model again, and the library to know of it; ``loop``: the first, and the end."""
+    """What ``restore`` needs to build a model again, and the library to know of it."""
 
     source: str  # a name on the hub, a folder or a .gguf file
     vocabulary: int
     layout: str  # "g" for every block with fast weights, "a" for every other
     state_shape: tuple[int, int, int]  # of S for one sequence and layer: (heads, d_v, d_k)
-    loop: tuple[int, int]
+    loop: tuple[int, int]  # the first block that is looped, and the first after them
     carry: str = "gate"  # as in CARRIES
     after: tuple[int, ...] = ()  # the blocks that got fast weights of ours
     rank: int = 0  # of LoRA; 0: every weight is trained
@@ -101,9 +101,7 @@ class PretrainedBlock(nn.Module):
         taken = inspect.signature(type(block).forward).parameters
         self.cache_name = "cache" if "cache" in taken else "past_key_values"  # as it was called before 5.24
 
-    def forward(
-        self, h: Tensor, S: Tensor | None, cache: WindowCache | None, positions: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, h: Tensor, S: Any, cache: WindowCache | None, positions: dict[str, Any]) -> tuple[Tensor, Any]:
         if hasattr(self.block, "linear_attn"):
             x, S = gated_delta_layer(self.block.linear_attn, self.block.input_layernorm(h), S, cache)
             h = h + x
@@ -120,20 +118,18 @@ class PretrainedLM(SleepLM):
     For the gradient every block keeps only what enters it, and is computed again (``recompute``).
     """
 
+    config: Any  # a PretrainedConfig
     not_hidden = (".gates.", "in_proj_a", "in_proj_b", LORA)
 
     def __init__(self, config: PretrainedConfig, pretrained: Any):
         nn.Module.__init__(self)
         self.config, self.recompute = config, True
         text, width = pretrained.model, pretrained.config.get_text_config().hidden_size
-        self.embedding, self.norm, self.rotary, self.head = (
-            text.embed_tokens,
-            text.norm,
-            text.rotary_emb,
-            pretrained.lm_head,
-        )
+        self.embedding, self.norm, self.rotary = text.embed_tokens, text.norm, text.rotary_emb
+        self.head = pretrained.lm_head
         added = {index: AddedFastWeights(width, config.state_shape) for index in config.after}
         self.layers = nn.ModuleList(PretrainedBlock(block, added.get(i)) for i, block in enumerate(text.layers))
+        self.fast_layers = [index for index, letter in enumerate(config.layout) if letter == "g"]
         self.in_coda = config.layout[config.loop[1] :].count("g")
         if config.carry == "gate":
             self.gate = nn.Parameter(torch.zeros(width))
@@ -173,13 +169,13 @@ class PretrainedLM(SleepLM):
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
         return embedding + self.gate * (h - embedding) if self.config.carry == "gate" else h
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         own = self.state_dict()
-        if differ := own.keys() ^ state.keys():
+        if differ := own.keys() ^ state_dict.keys():
             raise ValueError(f"{len(differ)} of its weights are not this model's, or missing: {min(differ)} is one")
         with torch.no_grad():
             for name, weight in own.items():
-                weight.copy_(state[name])
+                weight.copy_(state_dict[name])

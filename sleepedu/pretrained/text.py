@@ -6,7 +6,6 @@ of the same forms, fill the windows to the last token.
 
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from sleepedu import checks
 from sleepedu.pretrained.loading import tokenizer_of
 from sleepedu.tasks.base import UNSCORED, Episode, Task
-from sleepedu.tasks.math_reasoning import COLOURS, PAIRED, PLACES, Facts, MathReasoning
+from sleepedu.tasks.math_reasoning import COLOURS, PAIRED, PLACES, MathReasoning
 
 NAMES = tuple(f"{colour} {place}" for colour in COLOURS[:PAIRED] for place in PLACES)
 ANSWER = "\nAnswer: "
@@ -29,8 +28,8 @@ VERB = " shows"  # where it stands before
 class TextReasoning(Task):
     """``MathReasoning`` with one question, as text: "The red mill dial shows 3 more than the grey canal dial."
 
-    tokenizer: of which model, as for ``load``. windows, window: how many, of how many tokens: 500 to 3,300 in all is the
-    paper's range. quantities, operations, sums, less: as in ``MathReasoning``. Raises ValueError as that does, where a
+    tokenizer: of which model, as for ``load``. windows, window: how many, of how many tokens; the paper's texts have
+    2,000 to 3,300. quantities, operations, sums, less: as in ``MathReasoning``. Raises ValueError as that does, where a
     problem may be longer than the windows, these are longer than ``MOST``, or the tokenizer does not give every digit a
     token of its own.
     """
@@ -108,14 +107,18 @@ class TextReasoning(Task):
 
     def _text(self, drawn: Episode, index: int, chance: random.Random) -> list[int]:
         """Return the tokens of one problem: its question, then its sentences among others, as many as fit."""
-        names, room = chance.sample(NAMES, len(NAMES)), self.windows * self.window
+        room = self.windows * self.window
+        names = chance.sample(NAMES, min(len(NAMES), self.quantities + room // 8))
         facts = self.problem.facts(drawn, index)
         called = {dial: names.pop() for dial in facts}
         (asked,) = self.problem.asked_dials(drawn, index)
         question = self._ids(f"Question: what does the {called[asked]} dial show?")
-        own = [sentence(called[dial], n, form, [called[of] for of in sources]) for dial, (n, form, sources) in facts.items()]
+        own = [
+            sentence(called[dial], n, form, [called[of] for of in sources])
+            for dial, (n, form, sources) in facts.items()
+        ]
         others = self._others(list(called.values()), names, chance)
-        sentences = tokenizer(self.tokenizer)([*own, *others], add_special_tokens=False).input_ids
+        sentences = [self._ids(text) for text in (*own, *others)]
         room -= len(question) + sum(map(len, sentences[: len(own)]))
         for ids in sentences[len(own) :]:  # those that fit
             if len(ids) <= room:
@@ -135,7 +138,7 @@ class TextReasoning(Task):
         """Return sentences about dials that nothing depends on, in the forms and about the shares of the problem's."""
         forms = ["", *(["more", "less"] if self.less else ["more"])]
         sentences = []
-        for name in names[: self.windows * self.window // 8]:
+        for name in names:
             number, form, sources = str(chance.randrange(10)), chance.choice(forms), chance.sample(known, 2)
             if form and self.sums and chance.random() < 0.3:
                 number, form = "", "plus"
@@ -145,7 +148,7 @@ class TextReasoning(Task):
         return sentences
 
     def _ids(self, text: str) -> list[int]:
-        return tokenizer(self.tokenizer)(text, add_special_tokens=False).input_ids
+        return [token for word in re.findall(" ?[^ ]+", text) for token in word_tokens(self.tokenizer, word)]
 
     def text(self, episode: Episode, index: int = 0) -> str:
         read = tokenizer(self.tokenizer).decode(episode.windows[index].flatten().tolist())
@@ -163,33 +166,15 @@ def sentence(name: str, number: str, form: str, sources: list[str]) -> str:
     return f" The {name} dial shows {number} {form} than the {sources[0]} dial."
 
 
-FACT = re.compile(
-    r"The (\w+ \w+) dial(?: now)* shows(?: (\d))?(?: (more|less) than)?(?: the (\w+ \w+) dial)?(?: plus the (\w+ \w+) dial)?"
-)
-
-
-def read(text: str) -> tuple[str, Facts]:
-    """Return which dial a text asks for, and what it says of every dial, in its order."""
-    question = re.search(r"what does the (\w+ \w+) dial show", text)
-    if question is None:
-        raise ValueError(f"there is no question in the text: {text[:60]!r}")
-    return question[1], {name: (number, form, [s for s in of if s]) for name, number, form, *of in FACT.findall(text)}
-
-
-def number_beside(text: str) -> int:
-    """Guess what a reader of single sentences would: the number in the one about the dial that is asked for, or 0."""
-    asked, facts = read(text)
-    return int(facts[asked][0] or 0)
-
-
-def most_frequent(text: str) -> int:
-    """Guess the digit that the text has most often."""
-    return Counter(int(number) for number, _, _ in read(text)[1].values() if number).most_common(1)[0][0]
-
-
 @lru_cache(maxsize=8)
 def tokenizer(source: str) -> Any:
     return tokenizer_of(source)
+
+
+@lru_cache(maxsize=2**14)
+def word_tokens(source: str, word: str) -> tuple[int, ...]:
+    """Return the tokens of a word with the space before it: no tokenizer of today joins two."""
+    return tuple(tokenizer(source)(word, add_special_tokens=False).input_ids)
 
 
 @lru_cache(maxsize=8)
