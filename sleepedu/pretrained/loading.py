@@ -25,9 +25,9 @@ def load(
     """Return a hybrid of Qwen3.5's kind that sleeps with its own fast weights; blocks loop[0]..loop[1]-1 N times.
 
     source: its name on the hub or its folder. loop: the middle half when None. carry: as in ``CARRIES``. fetch: False
-    for its form alone, on meta, without its weights. Raises
-    ImportError for a transformers that is missing or not in ``TRIED``, OSError where a file is neither here nor to be
-    had, ValueError for a model that is no such hybrid, a loop outside its blocks or without fast weights, or a carry.
+    for its form alone, on meta, without weights. Raises ImportError for a transformers that is missing or not in
+    ``TRIED``, OSError where a file is neither here nor to be had, ValueError for a model that is no such hybrid, a loop
+    outside its blocks or without fast weights, or an unknown carry.
     """
     told = _told(source)
     kinds = list(getattr(told, "layer_types", None) or ())
