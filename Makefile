@@ -6,11 +6,15 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book test lint house unit coverage notebooks pages soak environments wheel gpu clean
+.PHONY: book pdf test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build -W -n --keep-going .
 	@echo "The book is built: open _build/html/index.html in a browser."
+
+# The book on paper, _build/language-models-that-sleep.pdf; a browser prints it.
+pdf: book
+	$(BIN)/python book/print_book.py
 
 # Each chapter runs once, as the book is built: an error in a cell is an error of the build. Building the book takes a core,
 # so the tests of the library run beside it.
@@ -29,6 +33,16 @@ lint: .venv/ready
 # Every file with its floor and lines; fails where an import goes up.
 house:
 	$(PYTHON) tests/house.py
+
+# What every chapter looks like: words, cells, lines of code, equations, where its sliders stand; fails above a limit.
+form:
+	$(PYTHON) tests/book_form.py
+
+# What the book has from elsewhere: the first cell of every chapter, after a change of address, branch or version, and the
+# page of references.
+fill: .venv/ready
+	$(BIN)/python book/_extensions/first_cell.py
+	$(BIN)/python book/_extensions/bibliography.py
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2

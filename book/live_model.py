@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sleepedu import storage
+from sleepedu.lab.probes import probe_run
 from sleepedu.lab.run_store import COMMITTED, load_run
 from sleepedu.model import SleepLM
 from sleepedu.pictures import figures
@@ -57,22 +58,26 @@ def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
 
 
 def script(runs: Sequence[Any]) -> str:
-    """Return weights.js: the task's words, the models' shape, and for every run its table and rounded weights.
+    """Return weights.js: the task's words, the models' shape, and for every run its table, probes and rounded weights.
 
     runs: stored runs, each of another N, with their name, settings, table, load_model() and make_task(). Raises
     ValueError when they are not of one task and one model, and what load_model raises for missing or broken weights.
+    "probes" is what chapter 9 reads from S, for every pass and number of hops; "reach" the size at which the one
+    colour scale of all fast weights ends.
     """
     task, config = runs[0].settings["task"], runs[0].settings["model"]
     if any(run.settings["task"] != task or run.settings["model"] != config for run in runs):
         raise ValueError(f"the runs {', '.join(run.name for run in runs)} are not of one task and one model")
+    loaded = {run.settings["train"]["passes"]: run.load_model() for run in runs}
     models = {
-        str(run.settings["train"]["passes"]): {
+        str(passes): {
             "run": run.name,
             "examples": next(iter(run.table.values())).n,
             "accuracy": {str(depth): accuracy.accuracy for depth, accuracy in run.table.items()},
-            "weights": _pack_model(run.load_model()),
+            "probes": probe_run(run).each["S"][:passes],
+            "weights": _pack_model(model),
         }
-        for run in runs
+        for run, (passes, model) in zip(runs, loaded.items(), strict=True)
     }
     data = {
         "words": list(runs[0].make_task().words),
@@ -80,6 +85,7 @@ def script(runs: Sequence[Any]) -> str:
         "hops": task["hops"],
         "config": config,
         "example": {"ring": RING, "told": TOLD, "start": START, "hops": HOPS, "passes": max(PASSES)},
+        "reach": round(reach(loaded), 2),
         "models": models,
     }
     return f"{_HEAD}{json.dumps(data, indent=1)};\n"
@@ -129,24 +135,33 @@ def ask(
     return wake(model, torch.tensor([[len(ring) + hops - 1, start]]), S)[0, -1], trace
 
 
+def reach(models: Mapping[int, SleepLM]) -> float:
+    """Return the size that all but one number in 200 of S stay below, at the N where that is largest."""
+    traces = (ask(model, passes, RING, TOLD, START, HOPS)[1] for passes, model in models.items())
+    return max(trace.stack(0)[1:].abs().quantile(0.995).item() for trace in traces)
+
+
 def still(models: Mapping[int, SleepLM]) -> Figure:
-    """Draw one question, the fast weights after every pass, and the answer, at the smallest and the largest N."""
+    """Draw one question, the fast weights after every pass, and the answer, at the smallest and the largest N.
+
+    It has the shape of the pictures that are shown beside a link to the page, 1200 to 630.
+    """
     place = RING.index(START)
     walk = [LETTERS[RING[(place + step) % len(RING)]] for step in range(HOPS + 1)]
-    shown = (min(models), max(models))
-    with figures.new_figure(8.4, 3.6, len(shown), max(shown) + 1) as (figure, rows):
+    shown, most = (min(models), max(models)), reach(models)
+    with figures.new_figure(8.4, 4.41, len(shown), max(shown) + 1) as (figure, rows):
         for row, passes in zip(rows, shown, strict=True):
             logits, trace = ask(models[passes], passes, RING, TOLD, START, HOPS)
             matrices = trace.stack(0)[1:, 0, 0]  # (passes, heads, d_v, d_k)
-            reach = matrices.abs().quantile(0.995).item()
             for picture in row[:-1]:
                 picture.axis("off")
             for number, (picture, S) in enumerate(zip(row, matrices, strict=False), start=1):
                 square = rearrange(S, "(two more) v k -> (two v) (more k)", two=2).numpy()
-                picture.imshow(square, cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+                picture.imshow(square, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
                 picture.set_title(f"pass {number}", fontsize=9.5, loc="center")
             _draw_answer(row[-1], logits.softmax(-1), walk[-1], f"N = {passes}")
-        figure.suptitle(f"Asked: {HOPS} hops after {walk[0]}. The arrows go {' → '.join(walk)}.", fontsize=11.5)
+        question = f"{HOPS} hops after {walk[0]}? The arrows went {' → '.join(walk)}, and are gone."
+        figure.suptitle(f"Language models that sleep\n{question}", fontsize=13)
     return figure
 
 

@@ -197,9 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     add(results, "all stored runs in one table", "--runs", "--json")
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
     add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
-    own_examples = ("--runs", "--quiet", "--examples", *here)
     what = "fine-tune a pretrained model to sleep, or resume it"
-    add(finetune, what, *own_examples, settings=finetuning.FineTuning, examples=400, **own)
+    add(finetune, what, "--runs", "--quiet", "--examples", *here, settings=finetuning.FineTuning, examples=400, **own)
     return parser
 
 

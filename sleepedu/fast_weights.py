@@ -13,8 +13,8 @@ Symbols, after Lee et al. 2026 (section 2) and Yang et al. 2024::
     o        (batch, heads, length, d_v)   what the queries read
 
 The four rules are written as what they do with one token. ``gated_delta_chunked`` gives the numbers of ``gated_delta``
-with a few large matrix products. Models train with ``fast.gated_delta_fast``, which takes compiled code where there is
-some and the chunks elsewhere.
+or ``gated`` with a few large matrix products. Models train with ``fast.fast_rule``, which takes compiled code where
+there is some and the chunks elsewhere.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def gated_delta(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor
 
 
 def gated_delta_chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, chunk: int = 64
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, chunk: int = 64, corrects: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Compute ``gated_delta`` a chunk of tokens at a time: the same numbers from a few matrix products.
 
@@ -95,6 +95,7 @@ def gated_delta_chunked(
     o_t = e^(g_t) S_0 q_t + sum_{i<=t} e^(g_t - g_i) (q_t . k_i) u_i, and S_C likewise. All exponents are at most 0.
 
     chunk: the most tokens that are taken at a time; ``length`` need not be a multiple. ValueError for one below 1.
+    corrects: False for ``gated``, which writes u_t = b_t v_t whatever the memory says.
     """
     check_inputs(q, k, v, log_a, b, S)
     if chunk < 1:
@@ -102,12 +103,13 @@ def gated_delta_chunked(
     outputs = []
     pieces = -(-q.shape[2] // chunk)
     for piece in zip(*(tensor.chunk(pieces, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
-        o, S = _one_chunk(S, *piece)
+        o, S = _one_chunk(corrects, S, *piece)
         outputs.append(o)
     return torch.cat(outputs, dim=2), S
 
 
-def _one_chunk(S: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _one_chunk(corrects: bool, S: Tensor, *piece: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, log_a, b = piece
     length = q.shape[2]
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)  # (t, i): i > t
     # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and so
@@ -115,8 +117,10 @@ def _one_chunk(S: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Ten
     steps = log_a[..., :, None].masked_fill(later.mT.logical_not(), 0)  # (b, h, t, i): log a_t where t > i
     decay = steps.cumsum(dim=-2).masked_fill(later, -torch.inf).exp()  # (b, h, t, i): e^(g_t - g_i)
     e = log_a.cumsum(-1).exp()[..., None]  # (b, h, t, 1): e^(g_t)
-    A = k @ k.mT * decay * b[..., None, :]  # (b, h, t, i); the solver takes its diagonal for ones
-    w = torch.linalg.solve_triangular(A, v - e * (k @ S.mT), upper=False, unitriangular=True)  # (b, h, t, d_v)
+    w = v
+    if corrects:
+        A = k @ k.mT * decay * b[..., None, :]  # (b, h, t, i); the solver takes its diagonal for ones
+        w = torch.linalg.solve_triangular(A, v - e * (k @ S.mT), upper=False, unitriangular=True)  # (b, h, t, d_v)
     u = b[..., None] * w  # (b, h, t, d_v): what is really written
     o = e * (q @ S.mT) + (q @ k.mT * decay) @ u  # (b, h, t, d_v)
     return o, e[..., -1:, :] * S + u.mT @ (decay[..., -1, :, None] * k)

@@ -1,8 +1,10 @@
 """Accuracies and the intervals they are known to: of one run, of a difference, of a mean over seeds."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +23,8 @@ class Accuracy:
 
     @property
     def percent(self) -> str:
-        """Percent right and its interval, as "29 (17-42)"."""
-        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
+        """Percent right and its interval, as "29 (17, 42)"."""
+        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}, {100 * self.high:.0f})"
 
 
 Table = dict[int, Accuracy]  # depth -> accuracy
@@ -56,9 +58,11 @@ def differing(one: Table, other: Table, comparisons: int) -> list[int]:
 
 
 def across_seeds(tables: list[Table]) -> Table:
-    """Return the mean over runs that differ in their seed, with Student's 95% interval for that mean (clipped to 0..1).
+    """Return the mean over runs that differ in their seed, with Student's 95% interval for that mean.
 
-    n is the number of runs; with a single run the interval is that run's own. Raises ValueError without any run.
+    It reaches as far to either side, and with few seeds far apart below 0 or above 1: then the seeds say hardly more
+    than that it is a share. n is the number of runs; with a single run the interval is that run's own (Wilson's).
+    Raises ValueError without any run.
     """
     if not tables:
         raise ValueError("there is no run to average")
@@ -72,5 +76,41 @@ def across_seeds(tables: list[Table]) -> Table:
         mean, error = shares.mean().item(), shares.std(ddof=1).item() / len(shares) ** 0.5
         reach = float(stdtrit(len(shares) - 1, 0.975)) * error
         majority = sum(table[depth].majority for table in tables) / len(tables)
-        together[depth] = Accuracy(mean, max(0.0, mean - reach), min(1.0, mean + reach), len(tables), majority)
+        together[depth] = Accuracy(mean, mean - reach, mean + reach, len(tables), majority)
     return together
+
+
+class Paired(NamedTuple):
+    """How one kind of run stands to another at one depth: on n seeds, by Student's paired test."""
+
+    difference: float  # mean over the seeds
+    p: float
+    n: int
+
+    @property
+    def word(self) -> str:
+        """What may be said at 95%: "ahead", "behind", "not told apart"; and of how many seeds, if under five."""
+        if self.n == 1:
+            return "not tested (1 seed)"
+        apart = "ahead" if self.difference > 0 else "behind"
+        return (apart if self.p < 0.05 else "not told apart") + f" ({self.n} seeds)" * (self.n < 5)
+
+
+def paired(one: Mapping[int, Table], other: Mapping[int, Table]) -> dict[int, Paired]:
+    """Return, for every depth, how runs of one kind stand to those of another, compared on the seeds that both have.
+
+    one, other: seed -> table. Runs of one seed saw the same examples in the same order, so what a seed does to both
+    falls out of the difference. Each depth is tested by itself. Raises ValueError where no seed is in both.
+    """
+    if not (seeds := sorted(one.keys() & other.keys())):
+        raise ValueError(f"no seed is in both: {sorted(one)} and {sorted(other)}")
+    from scipy.stats import ttest_rel  # in here, as above
+
+    found = {}
+    for depth in one[seeds[0]]:
+        left, right = ([kind[seed][depth].accuracy for seed in seeds] for kind in (one, other))
+        apart = np.array(left) - np.array(right)
+        certain = float(not apart.any())  # where all differ by the same, which leaves nothing to test
+        p = float(ttest_rel(left, right).pvalue) if np.ptp(apart) else certain
+        found[depth] = Paired(apart.mean().item(), p, len(seeds))
+    return found

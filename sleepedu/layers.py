@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sleepedu.fast import gated_delta_fast
+from sleepedu.fast import fast_rule
 
 EPSILON = 1e-6  # keeps a vector of zeros from being divided by its length, 0
 
@@ -68,16 +68,20 @@ class RuleInputs(NamedTuple):
 
 
 class FastWeightMixer(nn.Module):
-    """The gated delta rule as a layer (Gated DeltaNet, Yang et al. 2024): reads and writes the fast weights S.
+    """A learned local rule as a layer (Gated DeltaNet, Yang et al. 2024): reads and writes the fast weights S.
 
     x: (batch, length, width), S: (batch, heads, value_size, key_size) -> output like x, and the S after the last
     token. q, k and v pass a short causal convolution and SiLU; q and k get unit length; the gates are
     a = exp(-exp(A) softplus(W_a x + dt)) and b = write_range * sigmoid(W_b x). S is float32 under autocast too.
+    rule: a name in ``model.RULES``; a gate that it ignores is there and does nothing.
     """
 
-    def __init__(self, width: int, heads: int, key_size: int, value_size: int, convolution: int, write_range: float):
+    def __init__(
+        self, width: int, heads: int, key_size: int, value_size: int, convolution: int, write_range: float,
+        rule: str = "gated_delta",
+    ):  # fmt: skip
         super().__init__()
-        self.heads, self.write_range = heads, write_range
+        self.heads, self.write_range, self.rule = heads, write_range, rule
         self.keys, self.values = heads * key_size, heads * value_size  # channels of all heads together
         mixed = 2 * self.keys + self.values  # channels of q, k and v
         self.project = nn.Linear(width, mixed + self.values, bias=False)  # ..., and of the output gate
@@ -95,7 +99,7 @@ class FastWeightMixer(nn.Module):
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # there is no autocast on meta
-            o, S = gated_delta_fast(q, k, v, log_a, b, S)  # (b, h, l, d)
+            o, S = fast_rule(self.rule, q, k, v, log_a, b, S)  # (b, h, l, d)
             o = F.rms_norm(o, self.norm.shape, self.norm.to(o.dtype), EPSILON)
         o = rearrange(o, "b h l d -> b l (h d)") * F.silu(gate)
         return self.out(o.to(gate.dtype)), S  # (b, l, w)

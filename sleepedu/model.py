@@ -3,7 +3,7 @@
 Symbols: b batch, l tokens, w width, V vocabulary; h (b, l, w) hidden states; S (b, heads, d_v, d_k) for every layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,15 @@ from sleepedu.layers import EPSILON, Block, CausalAttention, FastWeightMixer, Wi
 MIXERS = {
     "a": "attention to the window",
     "A": "attention to everything read, which keeps its cache",
-    "g": "fast weights (gated delta rule)",
+    "g": "fast weights",
 }
 CARRIES = {
     "hidden": "the paper: h itself",
     "inject": "h normalised and mixed with the embedding again",
     "embed": "the embedding again, so nothing but S",
+    "gate": "e + g (h - e): the embedding e, and a learned share g of h for every channel, at first 0",
 }
+RULES = ("gated_delta", "delta", "gated", "hebbian")  # of ``fast_weights``
 
 FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the first to the last
 
@@ -44,7 +46,8 @@ class ModelConfig:
     convolution: int = 4
     write_range: float = 2.0
     carry: str = "hidden"  # what one pass hands the next, as in CARRIES
-    positions: int = 0  # places with a learned embedding; 0: rotary alone, which tells two equal tokens not apart
+    positions: int = 0  # learned places of the window; 0: rotary encoding alone, to which equal tokens look alike
+    rule: str = field(default="gated_delta", metadata=checks.LATER)  # how S is written, as in RULES
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
@@ -62,8 +65,9 @@ class ModelConfig:
             raise ValueError(f"layout {self.layout!r} mixes 'A', which evicts nothing, with layers that do")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
-        if self.carry not in CARRIES:
-            raise ValueError(f"carry {self.carry!r} is unknown: use one of {', '.join(CARRIES)}")
+        for name, allowed in (("carry", CARRIES), ("rule", RULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
 
     @property
     def keeps_cache(self) -> bool:
@@ -99,7 +103,7 @@ class SleepLM(nn.Module):
         for letter in config.layout:
             if letter == "g":
                 sizes = (heads, key_size, value_size, config.convolution)
-                mixer: nn.Module = FastWeightMixer(config.width, *sizes, config.write_range)
+                mixer: nn.Module = FastWeightMixer(config.width, *sizes, config.write_range, config.rule)
             else:
                 mixer = CausalAttention(config.width, heads)
             self.layers.append(Block(mixer, config.width, config.mlp_ratio))
@@ -107,9 +111,10 @@ class SleepLM(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.carry == "inject":
             self.inject = nn.Linear(2 * config.width, config.width, bias=False)
-            with torch.no_grad():  # at first: the embedding plus half the normalised h
-                eye = torch.eye(config.width)
-                self.inject.weight.copy_(torch.cat((eye, eye / 2), dim=1))
+            eye = torch.eye(config.width)  # at first: the embedding plus half the normalised h
+            self.inject.weight = nn.Parameter(torch.cat((eye, eye / 2), dim=1))
+        if config.carry == "gate":
+            self.gate = nn.Parameter(torch.zeros(config.width))
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -177,6 +182,8 @@ class SleepLM(nn.Module):
             return h
         if self.config.carry == "embed":
             return embedding
+        if self.config.carry == "gate":
+            return embedding + self.gate * (h - embedding)
         return self.inject(torch.cat((embedding, F.rms_norm(h, h.shape[-1:], eps=EPSILON)), dim=-1))
 
     def out(self, h: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from sleepedu.fast.precision import autocast, check_precision, choose_precision,
 from sleepedu.fast.recording import Recorded
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
-from sleepedu.tasks.base import UNSCORED, Episode, Task, check_task, majority_loss
-from sleepedu.tasks.batches import prefetched
+from sleepedu.tasks.base import UNSCORED, Episode, Task, check_task
+from sleepedu.tasks.batches import majority_loss, prefetched
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sleepedu import ModelConfig, SleepLM, TrainConfig, accuracy_by_depth, train
-from sleepedu.tasks.base import majority_loss
+from sleepedu.tasks.batches import majority_loss
 
 CONTRIBUTING = Path(__file__).resolve().parent.parent / "CONTRIBUTING.md"
 

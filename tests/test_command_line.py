@@ -37,6 +37,9 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--size", "huge"], "size 'huge' is unknown"),
         ([*SMOKE, "--model", "mamba"], "model 'mamba' is unknown"),
         ([*SMOKE, "--carry", "nothing"], "carry 'nothing' is unknown"),
+        ([*SMOKE, "--rule", "oja"], "rule 'oja' is unknown"),
+        ([*SMOKE, "--trained-from", "graph-laptop-sleep-N1-seed0"], "trained_from must be the name of a stored run"),
+        ([*SMOKE, "--trained-from", "graph-smoke-sleep-N9-seed0"], "there is no run 'graph-smoke-sleep-N9-seed0'"),
         ([*SMOKE, "--passes", "0"], "passes (N) must be at least 1, got 0"),
         ([*SMOKE, "--passes", "two"], "invalid int value: 'two'"),
         ([*SMOKE, "--passes", "1.5"], "invalid int value: '1.5'"),
@@ -112,7 +115,7 @@ def test_train_evaluate_and_results(capsys, tmp_path):
 
     assert main(["results", "--runs", str(tmp_path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    measured = {"carry", "seconds", "device", "depths", "majority"}
+    measured = {"carry", "seconds", "device", "depths", "majority", "operations"}
     assert {key: value for key, value in row.items() if key not in measured} == {
         "run": name,
         "task": "graph",
@@ -121,6 +124,8 @@ def test_train_evaluate_and_results(capsys, tmp_path):
         "size": "smoke",
         "seed": 0,
         "learning_rate": 0.0,
+        "rule": "gated_delta",
+        "trained_from": "",
         "steps": 4,
         "tokens": 4 * 64 * 24,
     }

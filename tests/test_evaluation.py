@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from sleepedu import evaluation
 from sleepedu.evaluation import accuracy_by_depth
-from sleepedu.intervals import Accuracy, across_seeds, differing, wilson_interval
+from sleepedu.intervals import Accuracy, across_seeds, differing, paired, wilson_interval
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 
 GRAPH = GraphRetrieval(nodes=4, hops=3, queries=2)
@@ -37,8 +38,8 @@ def measured(right, n):
 
 
 def test_an_accuracy_is_written_in_percent():
-    assert Accuracy(0.294, 0.168, 0.421, 2000).percent == "29 (17-42)"
-    assert Accuracy(1.0, 0.998, 1.0, 2000).percent == "100 (100-100)"
+    assert Accuracy(0.294, 0.168, 0.421, 2000).percent == "29 (17, 42)"
+    assert Accuracy(1.0, 0.998, 1.0, 2000).percent == "100 (100, 100)"
 
 
 @pytest.mark.parametrize(
@@ -218,13 +219,40 @@ def test_across_seeds_is_the_mean_with_students_interval():
     assert together[1].accuracy == pytest.approx(0.5)
     reach = 4.302653 * 0.1 / math.sqrt(3)
     assert (together[1].low, together[1].high) == pytest.approx((0.5 - reach, 0.5 + reach))
-    assert together[2].high == 1.0, "clipped to what a share can be"
+    reach = 4.302653 * math.sqrt(1 / 90_000)  # the deviation of 0.99, 1 and 1, divided by the root of three
+    assert together[2].high == pytest.approx(0.99667 + reach, abs=1e-4) and together[2].high > 1, "drawn as it is"
     assert together[1].n == 3 and together[1].majority == pytest.approx(0.25)
 
 
 def test_across_two_seeds_uses_one_degree_of_freedom():
     reach = 12.706205 * 0.01 * math.sqrt(2) / math.sqrt(2)
     assert across_seeds([table(0.49), table(0.51)])[1].low == pytest.approx(0.5 - reach)
+
+
+def seeds(*shares):
+    return {seed: table(share) for seed, share in enumerate(shares)}
+
+
+def test_pairs_of_seeds_tell_what_the_spread_between_seeds_would_hide():
+    one, other = seeds(0.1, 0.3, 0.5, 0.7, 0.91), seeds(0.05, 0.25, 0.46, 0.65, 0.85)
+    found = paired(one, other)[1]
+    apart = [one[seed][1].accuracy - other[seed][1].accuracy for seed in range(5)]
+    t = statistics.mean(apart) / (statistics.stdev(apart) / math.sqrt(5))
+    assert t > 2.776445, "beyond Student's 97.5% for four degrees of freedom"
+    assert found.n == 5 and found.p < 0.05 and found.word == "ahead"
+    assert found.difference == pytest.approx(statistics.mean(apart))
+    assert paired(other, one)[1].word == "behind"
+    together = across_seeds([*one.values()])[1], across_seeds([*other.values()])[1]
+    assert together[0].low < together[1].high, "their intervals overlap"
+
+
+def test_words_say_when_they_rest_on_few_seeds_and_only_common_ones_count():
+    assert paired(seeds(0.9, 0.91, 0.93), seeds(0.1, 0.12, 0.11, 0.9, 0.9))[1].word == "ahead (3 seeds)"
+    assert paired(seeds(0.9, 0.1, 0.5), seeds(0.5, 0.5, 0.6))[1].word == "not told apart (3 seeds)"
+    assert paired(seeds(1.0, 1.0, 1.0), seeds(1.0, 1.0, 1.0))[1] == (0, 1, 3)
+    assert paired(seeds(0.9), seeds(0.1, 0.1))[1].word == "not tested (1 seed)"
+    with pytest.raises(ValueError, match=r"no seed is in both: \[0\] and \[\]"):
+        paired(seeds(0.9), {})
 
 
 def test_a_single_run_keeps_its_own_interval_and_none_is_refused():

@@ -16,11 +16,14 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import experiments, recipes, run_store
+from sleepedu.lab.compute import training_operations
 from sleepedu.lab.recipes import MODELS, RECIPES, SIZES, Experiment, Recipe
 from sleepedu.lab.run_store import find_device, load_run, stored_runs
-from sleepedu.model import CARRIES, SleepLM
+from sleepedu.model import CARRIES, RULES, SleepLM
 from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import TASKS
+from sleepedu.tasks.batches import Batches
+from sleepedu.training import score
 
 
 @pytest.fixture
@@ -58,6 +61,20 @@ def test_every_recipe_makes_a_task_a_model_and_a_training_run(task, size):
         assert run_episode(SleepLM(config), episode, 1).isfinite().all()
 
 
+@pytest.mark.parametrize("task, size", RECIPES)
+def test_controls_get_the_operations_of_four_passes_where_the_recipe_does_not_say_how_many_steps(task, size):
+    def cost(experiment):
+        return training_operations(experiment.model_config, experiment.make_task(), experiment.train_config)
+
+    controls = {model: Experiment(task, size, model) for model in ("longer", "deeper")}
+    shares = {model: cost(control) / cost(Experiment(task, size, passes=4)) for model, control in controls.items()}
+    if RECIPES[task, size].control_steps:  # of the stored runs
+        assert all(1 <= share < 1.7 for share in shares.values())
+        assert [control.times_the_steps for control in controls.values()] == [4, 1]
+    else:
+        assert list(shares.values()) == pytest.approx([1, 1], rel=0.005)
+
+
 @pytest.mark.parametrize("task, size", [pair for pair in itertools.product(TASKS, SIZES) if pair not in RECIPES])
 def test_a_size_without_a_recipe_is_refused_by_name(task, size):
     with pytest.raises(ValueError, match=f"size '{size}' is unknown: use one of smoke, laptop"):
@@ -70,8 +87,9 @@ def test_models_differ_in_what_they_say_they_differ_in():
     assert sleep.model_config.layout == "ag" and transformer.model_config.layout == "aa"
     assert replace(transformer.model_config, layout="ag") == sleep.model_config
     assert kept.model_config.layout == "AA" and deeper.model_config.layout == "ag" * 4
-    assert kept.train_config == deeper.train_config == sleep.train_config
-    assert longer.train_config == replace(sleep.train_config, steps=4 * sleep.train_config.steps)
+    assert kept.train_config == sleep.train_config
+    assert replace(longer.train_config, steps=sleep.train_config.steps) == sleep.train_config
+    assert replace(deeper.train_config, steps=sleep.train_config.steps) == sleep.train_config
     assert longer.model_config == sleep.model_config and transformer.train_config == sleep.train_config
     varied, four = (Experiment("graph", "smoke", model, passes=4) for model in ("varied", "sleep"))
     assert varied.model_config == four.model_config
@@ -90,6 +108,7 @@ VARIANTS = (
     + [{"model": "varied", "passes": n} for n in (2, 4)]
     + [{"seed": 1}, {"steps": 7}, {"learning_rate": 0.5}, {"model": "transformer"}, {"model": "longer"}]
     + [{"carry": carry} for carry in CARRIES if carry != "hidden"]
+    + [{"rule": rule} for rule in RULES if rule != "gated_delta"]
 )
 
 
@@ -141,6 +160,9 @@ def test_a_field_that_came_later_is_told_only_where_it_is_not_at_its_default(mon
         ({"size": "huge"}, "size 'huge' is unknown: use one of smoke"),
         ({"model": "mamba"}, "model 'mamba' is unknown: use one of sleep"),
         ({"carry": "nothing"}, "carry 'nothing' is unknown"),
+        ({"rule": "oja"}, "rule 'oja' is unknown: use one of gated_delta, delta, gated, hebbian"),
+        ({"trained_from": "math-smoke-sleep-N1-seed0"}, "trained_from must .* graph-smoke-..., got 'math-smoke-sleep"),
+        ({"trained_from": "graph-laptop-sleep-N1-seed0"}, "trained_from must .* graph-smoke-..., got 'graph-laptop"),
         ({"passes": 0}, r"passes \(N\) .* got 0"),
         ({"model": "transformer", "passes": 2}, "model 'transformer' does not sleep: passes must be 1, got 2"),
         ({"model": "varied"}, "model 'varied' draws N from 1 to passes: passes must be above 1"),
@@ -209,6 +231,63 @@ def test_a_stored_run_of_another_recipe_is_not_taken(tiny_experiment, copy_of_ru
 def test_the_same_experiment_gives_the_same_run(tiny_run, tiny_experiment, tmp_path):
     again = experiments.run(tiny_experiment, "cpu", tmp_path, examples=20)
     assert again.history.loss == tiny_run.history.loss and again.table == tiny_run.table
+
+
+# Going on from a stored run
+
+
+@pytest.fixture
+def going_on(tiny_experiment, copy_of_run):
+    """An experiment that goes on from the tiny run, which is in the folder copy_of_run."""
+    return replace(tiny_experiment, passes=3, carry="gate", seed=1, steps=1, trained_from=copy_of_run.name)
+
+
+def test_a_run_goes_on_from_the_weights_of_another(going_on, tiny_run, copy_of_run):
+    made = experiments.run(going_on, "cpu", copy_of_run.parent, examples=5)
+    assert made.name == "graph-smoke-sleep-N3-gate-1steps-from-sleep-N2-4steps-seed0-seed1"
+    assert made.settings == going_on.settings | {"trained_from": tiny_run.weights}
+    assert made.row()["trained_from"] == tiny_run.name and tiny_run.row()["trained_from"] == ""
+    model = SleepLM(going_on.model_config)  # its gate is 0
+    assert model.load_state_dict(tiny_run.load_model().state_dict(), strict=False).missing_keys == ["gate"]
+    episode, passes = Batches(going_on.make_task(), going_on.train_config)[0]
+    assert passes == 3 and made.history.loss == [
+        pytest.approx(score(run_episode(model, episode, 3), episode)[0].item())
+    ]
+    assert experiments.reproduce(made)[1]
+
+
+def test_from_another_start_it_is_another_run(going_on, tiny_experiment, copy_of_run, tmp_path):
+    made = experiments.run(going_on, "cpu", copy_of_run.parent, examples=5)
+    other = experiments.run(replace(tiny_experiment, seed=5), "cpu", tmp_path, examples=5)
+    shutil.rmtree(copy_of_run)
+    other.path.rename(copy_of_run)
+    with pytest.raises(ValueError, match=r"the recipe of .*, or what it went on from, has changed since"):
+        experiments.reproduce(made)
+    again = experiments.run(going_on, "cpu", copy_of_run.parent, examples=5)
+    assert again.settings["trained_from"] == other.weights != made.settings["trained_from"]
+    assert again.history.loss != made.history.loss
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"trained_from": "graph-smoke-sleep-N9-seed0"}, "there is no run 'graph-smoke-sleep-N9-seed0'"),
+        ({"rule": "hebbian"}, "seed0 was trained with rule 'gated_delta': it cannot go on with 'hebbian'"),
+        ({"model": "deeper", "passes": 1}, "seed0 was trained with layout 'ag': it cannot go on with 'agagagag'"),
+    ],
+    ids=str,
+)
+def test_a_start_that_does_not_fit_is_refused_before_any_work(changes, message, going_on, copy_of_run, no_training):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        experiments.run(replace(going_on, **changes), "cpu", copy_of_run.parent)
+    assert list(copy_of_run.parent.iterdir()) == [copy_of_run]
+
+
+def test_a_start_of_an_earlier_form_of_the_task_is_refused(going_on, copy_of_run, no_training, monkeypatch):
+    recipe = RECIPES["graph", "smoke"]
+    monkeypatch.setattr(recipes, "RECIPES", {("graph", "smoke"): replace(recipe, task={**recipe.task, "queries": 5})})
+    with pytest.raises(ValueError, match="seed0 was trained with queries 6: it cannot go on with 5"):
+        experiments.run(going_on, "cpu", copy_of_run.parent)
 
 
 def test_stored_runs_are_those_that_finished_in_order(copy_of_run):
@@ -298,7 +377,7 @@ COMMITTED = stored_runs()
 @pytest.mark.parametrize("run", COMMITTED, ids=lambda run: run.name)
 def test_a_committed_run_loads_and_is_of_todays_recipe(run):
     run.load_model()
-    assert run.settings == run.experiment.settings
+    assert run.settings == experiments.begin(run.experiment, run.path.parent)[0]
     assert run.name == run.experiment.name
 
 

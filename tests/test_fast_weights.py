@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sleepedu.fast import gated_delta_fast
+from sleepedu.fast import fast_rule, gated_delta_fast
 from sleepedu.fast_weights import delta, gated, gated_delta, gated_delta_chunked, hebbian
 
 NAMES = ("q", "k", "v", "log_a", "b", "S")
@@ -43,7 +43,7 @@ def outputs_and_gradients(rule, inputs, **settings):
     o, S = rule(*inputs, **settings)
     generator = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in (o, S))
-    gradients = torch.autograd.grad(loss, inputs)
+    gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)  # a gate that is ignored has 0
     return {"o": o, "S": S} | {f"gradient of {name}": g for name, g in zip(NAMES, gradients, strict=True)}
 
 
@@ -97,6 +97,17 @@ def test_chunked_is_the_recurrence_for_random_shapes():
         inputs = make_inputs(batch, heads, length, d_k, d_v, seed=seed, S=bool(seed % 3))
         found = outputs_and_gradients(gated_delta_chunked, inputs, chunk=chunk)
         assert_same(found, outputs_and_gradients(gated_delta, inputs), 1e-10)
+
+
+@pytest.mark.parametrize("rule", EQUATIONS, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "length, size, dtype", [(1, 5, torch.float64), (131, 5, torch.float64), (70, 16, torch.float32)]
+)
+def test_the_fast_form_of_every_rule_is_the_recurrence(length, size, dtype, rule):
+    inputs = make_inputs(2, 3, length, size, size, dtype=dtype, seed=length)
+    found = outputs_and_gradients(lambda *tensors: fast_rule(rule.__name__, *tensors), inputs)
+    wanted = outputs_and_gradients(rule, [tensor.double() for tensor in inputs])
+    assert_same(found, wanted, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
 def test_decay_of_e_to_minus_20_a_token_stays_finite_and_exact():

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sleepedu import layers
+from sleepedu import fast_weights, layers
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.fast_weights import gated_delta
 from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
-from sleepedu.model import ModelConfig, SleepLM
+from sleepedu.model import RULES, ModelConfig, SleepLM
 from sleepedu.session import Session
 from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled
 from sleepedu.tasks import GraphRetrieval
@@ -52,8 +52,9 @@ def test_rotation_is_as_exact_as_what_it_turns():
     assert turned[0, 1].item() == pytest.approx(math.cos(angle) - math.sin(angle), abs=1e-12)
 
 
-def test_fast_weight_mixer_is_the_gated_delta_rule(make_model):
-    layer = make_model("g").layers[0].mixer
+@pytest.mark.parametrize("rule", RULES)
+def test_fast_weight_mixer_is_its_rule(rule, make_model):
+    layer = make_model("g", rule=rule).layers[0].mixer
     x, S = torch.randn(1, 6, 16), torch.randn(1, 2, 8, 8)
     projected = layer.project(x[0])
     mixed, gate = projected[:, :48], projected[:, 48:]
@@ -63,7 +64,7 @@ def test_fast_weight_mixer_is_the_gated_delta_rule(make_model):
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
     forget, write = layer.gates(x).permute(0, 2, 1).split(2, dim=1)
     log_a = -layer.decay_rate.exp()[:, None] * F.softplus(forget)
-    o, S_end = gated_delta(q, k, v, log_a, 2 * write.sigmoid(), S)
+    o, S_end = getattr(fast_weights, rule)(q, k, v, log_a, 2 * write.sigmoid(), S)
     o = layer.norm * o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     found, S_found = layer(x, S)
     assert_close(found[0], layer.out(o[0].transpose(0, 1).flatten(1) * F.silu(gate)))
@@ -112,6 +113,13 @@ def test_injection_starts_as_the_embedding_plus_half_the_normalised_h():
     assert_close(model.carry(h, embedding), embedding + normal / 2)
 
 
+def test_the_gate_mixes_h_into_the_embedding_channel_by_channel(make_model):
+    model, (h, embedding) = make_model(carry="gate"), torch.randn(2, 1, 3, 16)
+    assert_close(model.carry(h, embedding), model.gate * h + (1 - model.gate) * embedding)
+    fresh = SleepLM(model.config)
+    assert fresh.gate.shape == (16,) and torch.equal(fresh.carry(h, embedding), embedding)
+
+
 def test_places_are_added_to_tokens(make_model):
     model = make_model(positions=13)
     assert_close(model.embed(TOKENS), model.embedding(TOKENS) + model.places)
@@ -147,10 +155,12 @@ def read_in_pieces(model, sizes):
     return torch.cat(logits, dim=1), S
 
 
-@pytest.mark.parametrize("layout", ["aa", "gg", "agag"])
+@pytest.mark.parametrize(
+    "layout, rule", [("aa", "gated_delta"), ("agag", "gated_delta"), *(("gg", rule) for rule in RULES)]
+)
 @pytest.mark.parametrize("sizes", [[1] * 13, [13], [2, 5, 1, 1, 4], [6, 7], [1, 12]], ids=str)
-def test_reading_in_pieces_is_reading_at_once(layout, sizes, make_model):
-    model = make_model(layout)
+def test_reading_in_pieces_is_reading_at_once(layout, rule, sizes, make_model):
+    model = make_model(layout, rule=rule)
     logits, S = read_in_pieces(model, sizes)
     wanted, S_wanted = model(TOKENS)
     assert_close(logits, wanted)
@@ -212,12 +222,12 @@ def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, 
 
 
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):
-    def rule(*tensors):
-        assert not torch.is_autocast_enabled("cpu")
+    def rule(name, *tensors):
+        assert name == "gated_delta" and not torch.is_autocast_enabled("cpu")
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
         return gated_delta(*tensors)
 
-    monkeypatch.setattr(layers, "gated_delta_fast", rule)
+    monkeypatch.setattr(layers, "fast_rule", rule)
     model = make_model("ag")
     with torch.autocast("cpu", torch.bfloat16):
         logits, S = model(TOKENS)
@@ -242,14 +252,16 @@ def test_half_precision_works_throughout_and_keeps_S_whole(kind, make_model):
     torch.testing.assert_close(logits.float(), wanted, rtol=0.1, atol=0.2)
 
 
-@pytest.mark.parametrize("carry, passes", [("hidden", 1), ("hidden", 2), ("inject", 2), ("embed", 2)])
-def test_gradient_reaches_every_parameter(carry, passes, make_model):
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("carry, passes", [("hidden", 1), ("hidden", 2), ("inject", 2), ("embed", 2), ("gate", 2)])
+def test_gradient_reaches_every_parameter_that_the_rule_uses(carry, passes, rule, make_model):
     task = GraphRetrieval(nodes=4, hops=2, queries=4, windows=2)
-    model = make_model("agag", carry)
+    model = make_model("agag", carry, rule=rule)
     episode = task.sample(8, torch.Generator().manual_seed(0))
     score(run_episode(model, episode, passes), episode)[0].backward()
-    unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert unused == []
+    unused = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    ignored = {"delta": ("decay_rate",), "hebbian": ("decay_rate", "gates.weight", "gates.bias")}.get(rule, ())
+    assert unused == {f"layers.{layer}.mixer.{name}" for layer in model.fast_layers for name in ignored}
 
 
 @pytest.mark.parametrize(
@@ -261,6 +273,7 @@ def test_gradient_reaches_every_parameter(carry, passes, make_model):
         ({"width": 30, "heads": 4}, "width 30 must divide into 4 heads"),
         ({"width": 12, "heads": 4}, "width 12 must divide into 4 heads of even size"),
         ({"carry": "nothing"}, "carry 'nothing' is unknown"),
+        ({"rule": "oja"}, "rule 'oja' is unknown: use one of gated_delta, delta, gated, hebbian"),
         ({"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"heads": -1}, "heads must be at least 1, got -1"),

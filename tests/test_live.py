@@ -9,9 +9,12 @@ from pathlib import Path
 import live_model as live
 import pytest
 import torch
+from results_page import FINDINGS
 
 from sleepedu.evaluation import accuracy_by_depth
-from sleepedu.lab.run_store import COMMITTED, Run, load_run
+from sleepedu.intervals import across_seeds
+from sleepedu.lab.results import grouped
+from sleepedu.lab.run_store import COMMITTED, Run, load_run, stored_runs
 from sleepedu.model import ModelConfig, SleepLM
 
 FOLDER = Path(__file__).resolve().parent.parent / "book" / "_extra" / "live"
@@ -115,6 +118,21 @@ def test_the_first_page_tells_the_runs_numbers(runs):
         f"about one hop in {first[1].accuracy:.0%} of the questions and about three in {first[3].accuracy:.0%}" in text
     )
     assert last[1].accuracy == last[3].accuracy == 1 and "right about both in all of them" in text
+
+
+def test_the_first_page_tells_what_was_found():
+    """Its words about the three tasks hold in the stored runs."""
+    runs = grouped(stored_runs())
+    gains = {}
+    for task, _, depth, _, labels in FINDINGS:
+        one, four, longer = (
+            across_seeds([run.table for run in runs[task, "laptop"][label]])[depth] for label in labels
+        )
+        gains[task] = four.accuracy - longer.accuracy
+        assert (four.low <= one.high) == (task == "rule110"), "next to nothing on the automaton"
+    assert gains["graph"] > gains["math"] > 0 > gains["rule110"] and gains["math"] < 0.1
+    deeper = across_seeds([run.table for run in runs["graph", "laptop"]["N=1, 4x layers, rate 0.005"]])
+    assert deeper[3].accuracy > 0.99, "four times the layers do as well on the rings"
 
 
 def test_the_script_writes_weights_and_picture(tmp_path, capsys):

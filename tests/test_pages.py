@@ -1,13 +1,16 @@
 """The built book, opened from disk in a real browser with the network cut."""
 
+import gzip
 import os
 import re
 import shutil
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import live_model as live
+import print_book
 import pytest
 import torch
 from test_live import read_models
@@ -259,7 +262,7 @@ def choose(page, passes, hops):
     """Move both sliders by keyboard."""
     for name, value in (("passes", passes), ("hops", hops)):
         press(page, f"#live-{name}", "Home")
-        press(page, f"#live-{name}", "ArrowRight", value - 1)
+        press(page, f"#live-{name}", "ArrowRight", value - int(page.locator(f"#live-{name}").get_attribute("min")))
         assert page.locator(f"output[for=live-{name}]").inner_text() == str(value)
 
 
@@ -282,21 +285,86 @@ def test_the_live_model_is_the_library_s(passes, intro, live_models):
         torch.testing.assert_close(torch.tensor(slept)[:, 0], expected, atol=1e-3, rtol=1e-4)
 
 
-def test_the_live_model_gets_lost_with_one_pass_and_arrives_with_four(intro):
-    verdict = intro.locator(".live-verdict")
-    assert verdict.get_attribute("role") == "status"
-    asked = "3 hops after C: the arrows go C → F → H → A."
-    choose(intro, 4, 3)
-    assert verdict.inner_text().startswith(f"N = 4, {asked} The model says A") and "right" in verdict.inner_text()
-    assert intro.locator(".live-pass canvas:visible").count() == 4
-    choose(intro, 1, 1)
-    assert "right" in verdict.inner_text()
-    choose(intro, 1, 3)
-    assert verdict.inner_text().startswith(f"N = 1, {asked} The model says H") and "wrong" in verdict.inner_text()
+ASKED = "3 hops after C: the arrows go C → F → H → A."
+
+
+def fully_seen(page, selector):
+    """Whether every element that is meant lies in the window as it stands."""
+    inside = """es => es.length > 0 && es.every((e) => { const box = e.getBoundingClientRect();
+        return box.height && box.top >= 0 && box.bottom <= innerHeight && box.left >= 0 && box.right <= innerWidth })"""
+    return page.locator(selector).evaluate_all(inside)
+
+
+@pytest.mark.parametrize("width, height", [(1300, 850), (390, 844)])
+def test_the_first_screen_shows_a_wrong_answer_beside_a_right_one(width, height, browser):
+    with opened(browser, "book/intro", viewport={"width": width, "height": height}) as page:
+        for part in ("article h1", "article section > p >> nth=0", ".live-controls", ".live-verdict"):
+            assert fully_seen(page, part), part
+        assert fully_seen(page, ".live-lane h2"), "and both models"
+        assert fully_seen(page, ".live-lane, .live-ring") == (width == 1300), "on a phone the rest is below"
+        assert page.locator(".live-verdict").inner_text() == f"{ASKED} N = 1 says H: wrong. N = 4 says A: right."
+        assert page.locator(".live-lane h2").all_inner_texts() == [
+            "N = 1 3 hops: 25% right over 2,000 rings",
+            "N = 4 3 hops: 100% right over 2,000 rings",
+        ], "the stored runs'"
+
+
+def read_out(page, lane, passes):
+    """How the hops are shaded that can be read from S after a pass."""
+    cells = page.locator(f".live-lane >> nth={lane} >> .live-pass >> nth={passes - 1} >> .live-read-out i")
+    return [cell.get_attribute("class") for cell in cells.all()]
+
+
+def test_a_sleep_is_played_pass_by_pass(intro):
+    intro.clock.install()
+    verdict, answers = intro.locator(".live-verdict"), intro.locator(".live-answers")
+    press(intro, "#live-sleep", "Enter")
+    assert verdict.get_attribute("role") == "status" and "gone to sleep" in verdict.inner_text()
+    assert answers.all_inner_texts() == ["asleep", "asleep"]
+    intro.clock.run_for(700)
+    assert verdict.inner_text().startswith("Pass 1 of 4.") and "1 hop 91%, 2 hops 41%" in verdict.inner_text()
+    assert "H" in answers.nth(0).inner_text() and answers.nth(1).inner_text() == "asleep"
     assert intro.locator(".live-node.wrong").inner_text() == "H"
-    intro.wait_for_function("document.querySelector('.live-there td').textContent === '98.4%'")
-    assert intro.locator(".live-there td").all_inner_texts() == ["98.4%", "31.8%", "25.4%", "23.9%"], "the stored run's"
-    assert intro.locator(".live-node.true").inner_text() == "A"
+    intro.clock.run_for(1600)
+    assert read_out(intro, 1, 2) == ["most", "most", "half", "few"] and read_out(intro, 1, 3) == [""] * 4
+    intro.clock.run_for(3200)
+    assert verdict.inner_text().endswith("N = 4 says A: right.") and read_out(intro, 1, 4) == ["most"] * 4
+    press(intro, "#live-sleep", "Space")
+    choose(intro, 3, 2)
+    assert "N = 3 says H: right." in verdict.inner_text(), "a change ends the play"
+    intro.clock.run_for(5000)
+    assert "N = 3 says H: right." in verdict.inner_text()
+
+
+def test_who_wants_no_motion_sleeps_a_pass_a_press(browser):
+    with opened(browser, "book/intro", reduced_motion="reduce") as page:
+        for count in (1, 2, 3):
+            press(page, "#live-sleep", "Enter")
+            assert page.locator(".live-verdict").inner_text().startswith(f"Pass {count} of 4.")
+            assert page.locator(".live-lane >> nth=1 >> .live-pass.waiting").count() == 4 - count
+        press(page, "#live-sleep", "Enter")
+        assert page.locator(".live-verdict").inner_text().endswith("N = 4 says A: right.")
+        names = "es => es.map((e) => getComputedStyle(e).animationName)"
+        assert set(page.locator(".live-pass").evaluate_all(names)) == {"none"}
+
+
+def test_the_map_of_accuracies_chooses_passes_and_hops(intro):
+    cells = intro.locator(".live-map button")
+    assert cells.all_inner_texts()[:4] == ["98.4%", "32%", "25%", "24%"], "the stored run's"
+    press(intro, ".live-map button >> nth=7", "Enter")  # N = 2, 4 hops
+    assert intro.locator(".live-lane h2").all_inner_texts()[1] == "N = 2 4 hops: 94% right over 2,000 rings"
+    pressed = [cell.get_attribute("aria-label") for cell in cells.all() if cell.get_attribute("aria-pressed") == "true"]
+    assert pressed == ["N = 1, 4 hops: 24%", "N = 2, 4 hops: 94%"]
+    press(intro, ".live-map button >> nth=0", "Enter")
+    assert "1 hop after C" in intro.locator(".live-verdict").inner_text()
+
+
+def test_one_scale_serves_both_models(intro):
+    """With a scale of its own each N would reach the darkest colour."""
+    reach = """es => es.map((canvas) => { const d = canvas.getContext("2d").getImageData(0, 0, 33, 33).data;
+        return Math.max(...Array.from({length: 33 * 33}, (_, i) => Math.abs(d[4 * i] - d[4 * i + 2]))) })"""
+    one, *_, four = intro.locator(".live-pass:not(.unused) canvas").evaluate_all(reach)
+    assert one < four / 2
 
 
 def test_the_live_ring_is_redrawn_by_keyboard(intro):
@@ -320,15 +388,14 @@ def test_the_live_ring_is_redrawn_by_keyboard(intro):
     assert sorted(again) == sorted(before)
     press(intro, "#live-retell", "Enter")
     assert nodes.all_inner_texts() == again, "the same ring"
-    intro.wait_for_function("document.querySelector('.live-here td').textContent.endsWith(' of 8')")
 
 
 def test_live_controls_have_names_and_show_where_the_focus_is(intro):
     for control in intro.locator(".live :is(input, select)").all():
         assert intro.locator(f"label[for='{control.get_attribute('id')}']").inner_text()
-    for canvas in intro.locator(".live canvas").all():
-        assert "pass" in canvas.get_attribute("aria-label").lower()
-    intro.locator("#live-passes").focus()
+    for squares in intro.locator(".live-pass").all():
+        assert "pass" in squares.get_attribute("aria-label")
+    intro.locator("#live-hops").focus()
     for _ in range(intro.locator(".live :is(input, select, button)").count()):
         style = (
             "(() => { const s = getComputedStyle(document.activeElement); return s.outlineStyle + s.outlineWidth })()"
@@ -345,9 +412,11 @@ def test_live_controls_have_names_and_show_where_the_focus_is(intro):
 def test_an_automated_check_finds_no_barrier_in_a_wrong_answer(theme, intro):
     prepare_check(intro)
     show(intro, theme, 1200)
-    choose(intro, 1, 3)
     press(intro, ".live-node >> nth=1", "Enter")
-    assert intro.locator(".live-verdict.wrong, .live-node.wrong, .live-answers .wrong").count() == 3
+    assert intro.locator(".live-node.wrong, .live-answers .wrong").count() == 2
+    assert violations(intro, where=".live") == {}
+    press(intro, "#live-sleep", "Enter")
+    assert "asleep" in intro.locator(".live-answers >> nth=1").inner_text()
     assert violations(intro, where=".live") == {}
 
 
@@ -362,7 +431,7 @@ def test_the_live_model_fits(width, intro):
 
 
 def test_the_heat_maps_follow_the_theme(intro):
-    pixel = "[...document.querySelector('.live canvas').getContext('2d').getImageData(0, 0, 67, 16).data].slice(0, 64)"
+    pixel = "[...document.querySelector('.live canvas').getContext('2d').getImageData(0, 0, 33, 33).data].slice(0, 64)"
     colours = []
     for theme in ("light", "dark"):
         intro.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
@@ -388,3 +457,77 @@ def test_without_scripts_a_picture_stands_there(browser):
 def test_only_the_first_page_loads_the_live_model(page):
     loaded = [script for script in page.locator("script[src]").all() if "/live/" in script.get_attribute("src")]
     assert len(loaded) == (3 if page.name == "book/intro" else 0)
+
+
+# ---- What a site has.
+
+
+def test_a_page_says_what_it_is(page):
+    """To search engines, and beside a link to it."""
+    site = "https://sleepedu.github.io/sleepedu/"
+    assert page.locator("link[rel=canonical]").get_attribute("href") == f"{site}{page.name}.html"
+    assert len(page.locator("meta[name=description]").get_attribute("content")) in range(50, 301)
+    assert page.locator("meta[property='og:title']").get_attribute("content").endswith("Language models that sleep")
+    picture = page.locator("meta[property='og:image']").get_attribute("content")
+    assert (ROOT / "_build" / "html" / picture.removeprefix(site)).exists()
+    icon = page.locator("link[rel=icon]").get_attribute("href")
+    assert (ROOT / "_build" / "html" / page.name).parent.joinpath(icon).exists()
+
+
+def test_a_page_says_how_to_cite_edit_and_report(page):
+    footer = page.locator(".bd-footer-content").inner_text()
+    assert "MIT licence" in footer and "To cite this book" in footer and "None" not in footer
+    links = page.locator(".bd-header-article a").evaluate_all("links => links.map((link) => link.href)")
+    source = "ipynb" if page.name in CHAPTERS else "md"
+    assert any(link.endswith(f"edit/main/{page.name}.{source}") for link in links)
+    assert any("/issues/new" in link for link in links)
+
+
+def test_the_map_of_the_site_has_every_page():
+    listed = re.findall("<loc>(.*)</loc>", (ROOT / "_build" / "html" / "sitemap.xml").read_text())
+    assert listed == [f"https://sleepedu.github.io/sleepedu/{name}.html" for name in sorted(CHAPTERS + OTHERS)]
+
+
+def test_an_address_that_does_not_exist_leads_to_the_first_page(browser):
+    with opened(browser, "404") as page:
+        targets = page.locator("a").evaluate_all("links => links.map((link) => link.getAttribute('href'))")
+        assert targets[0] == "https://sleepedu.github.io/sleepedu/book/intro.html" and page.requests_outside == []
+        assert page.problems == [] and page.locator("h1").count() == 1
+
+
+def test_pages_bring_nothing_that_they_do_not_use(page):
+    text = (ROOT / "_build" / "html" / f"{page.name}.html").read_text()
+    assert "fontawesome" not in text.lower() and "widget-state" not in text
+    assert page.locator("script[src*=mathjax]").count() == (page.locator(".math").count() > 0)
+
+
+def test_every_icon_is_drawn(page):
+    drawn = """icons => icons.filter((icon) => getComputedStyle(icon).maskImage.startsWith('linear-gradient'))
+        .map((icon) => icon.outerHTML)"""
+    assert page.locator(":is(.fa, .fas, .fab, .fa-solid, .fa-brands)").evaluate_all(drawn) == []
+
+
+def test_a_first_visit_is_small(browser):
+    """Compressed as a server sends it; pictures and fonts are compressed already."""
+    with opened(browser, "404") as page:
+        loaded = set()
+        page.on("request", lambda request: loaded.add(request.url.split("?")[0]))
+        page.goto((PAGES / "intro.html").as_uri())
+        page.wait_for_load_state("load")
+        paths = [Path(unquote(urlsplit(url).path)) for url in loaded if url.startswith("file:")]
+    assert len(paths) > 10 and sum(len(gzip.compress(path.read_bytes())) for path in paths) < 700_000
+
+
+def test_links_lead_from_page_to_page_of_the_pdf():
+    joined = print_book.join(PAGES.parent)
+    text = joined.read_text()
+    joined.unlink()
+    places, targets = set(re.findall(' id="([^"]+)"', text)), set(re.findall('href="#([^"]+)"', text))
+    assert {"05_graph_retrieval", "results"} <= targets <= places and text.count("<article") == len(CHAPTERS + OTHERS)
+
+
+def test_search_works_from_a_folder(browser):
+    with opened(browser, "search") as page:
+        page.goto(f"{page.url}?q=eviction")
+        page.wait_for_function("document.querySelectorAll('#search-results li').length > 3")
+        assert page.problems == []

@@ -99,9 +99,11 @@ def test_a_query_reads_S_as_given(make_model):
         torch.testing.assert_close(reads[2, 1], (S[0][2] @ q[..., None]).flatten())
 
 
-@pytest.mark.parametrize("task", [GRAPH, CellularAutomaton(cells=7, steps=(1, 3))], ids=lambda task: task.name)
-def test_every_reader_is_scored_for_every_pass(task, make_model):
-    model = make_model("agg", vocabulary=len(task.words), positions=10)
+@pytest.mark.parametrize(
+    "task, rule", [(GRAPH, "gated_delta"), (GRAPH, "hebbian"), (CellularAutomaton(cells=7, steps=(1, 3)), "gated")]
+)
+def test_every_reader_is_scored_for_every_pass(task, rule, make_model):
+    model = make_model("agg", vocabulary=len(task.words), positions=10, rule=rule)
     made = probes.probe_model(model, task, SMALL)
     steps, examples = made["steps"], made["examples"]
     assert examples["fit"] > examples["test"] > examples["choose"] > 0

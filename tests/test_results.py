@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from results_page import fill_page, results_table
 
+from sleepedu.intervals import Accuracy
 from sleepedu.lab import experiments, results, run_store
 
 STORED = run_store.stored_runs()
@@ -17,7 +18,7 @@ def test_runs_that_differ_in_their_seed_alone_stand_together():
     assert sorted(shown) == [run.name for run in STORED], "a run is lost or shown twice"
     for models in groups.values():
         for group in models.values():
-            assert len({replace(run.experiment, seed=0) for run in group}) == 1
+            assert len({replace(run.experiment, seed=0, trained_from="") for run in group}) == 1
 
 
 def test_a_label_says_what_differs_from_the_recipe():
@@ -27,7 +28,22 @@ def test_a_label_says_what_differs_from_the_recipe():
 
     assert label(passes=4, seed=2) == "N=4"
     assert label(model="kept") == "keeps its cache"
+    assert label(model="longer") == "N=1, 4x steps" and label(model="deeper") == "N=1, 4x layers"
+    assert label(model="deeper", size="smoke") == "N=1, 4x layers, 0.615x steps", "for the operations of four passes"
     assert label(carry="inject", passes=2, steps=500, learning_rate=0.02) == "N=2, inject, 500 steps, rate 0.02"
+    assert label(carry="gate", rule="delta", trained_from="graph-laptop-sleep-N1-seed2") == (
+        "N=1, gate, delta, from sleep-N1"
+    )
+
+
+def test_words_say_at_which_depths_one_kind_is_ahead():
+    def kind(*tables):
+        shares = ({d: Accuracy(share, 0, 1, 9) for d, share in enumerate(table, 1)} for table in tables)
+        experiments = (replace(STORED[0].experiment, seed=seed) for seed in range(9))
+        return [replace(STORED[0], experiment=e, table=t) for e, t in zip(experiments, shares, strict=False)]
+
+    one, other = kind((0.9, 0.1), (0.8, 0.9)), kind((0.5, 0.9), (0.41, 0.1), (0.9, 0.9))
+    assert results.in_words(one, other) == {"ahead (2 seeds)": [1], "not told apart (2 seeds)": [2]}
 
 
 @pytest.mark.parametrize("form", [results_table, lambda runs: "\n".join(results.lines(runs))])

@@ -2,12 +2,15 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sleepedu.model import CARRIES
+from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.lab.run_store import load_run
+from sleepedu.model import CARRIES, RULES, SleepLM
 from sleepedu.session import Session
 from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled, wake
 from sleepedu.tasks import Episode, GraphRetrieval
@@ -39,6 +42,8 @@ def algorithm_1(model, episode, N):
         for n in range(N):
             if n and model.config.carry == "embed":
                 h = embedded
+            if n and model.config.carry == "gate":
+                h = embedded + model.gate * (h - embedded)
             if n and model.config.carry == "inject":
                 normal = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
                 h = torch.cat((embedded, normal), -1) @ model.inject.weight.T
@@ -63,7 +68,7 @@ def test_run_episode_is_algorithm_1(carry, N, make_model):
         names, found, torch.autograd.grad(wanted_loss, parameters, materialize_grads=True), strict=True
     ):
         assert_close(gradient, same, 1e-4)
-        assert gradient.any() or (name, N) == ("inject.weight", 1), name
+        assert gradient.any() or (name in ("inject.weight", "gate") and N == 1), name
 
 
 @pytest.mark.parametrize("carry", CARRIES)
@@ -89,7 +94,42 @@ def test_carries_differ_from_the_second_pass_on(make_model):
         model = make_model("agag", carry)
         model.load_state_dict(plain.state_dict(), strict=False)
         answers.append(run_episode(model, EPISODE, 2))
-    assert not any(torch.allclose(answers[i], answers[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(answers, 2))
+
+
+@pytest.mark.parametrize("share, carry", [(0.0, "embed"), (1.0, "hidden")])
+def test_a_gate_of_0_hands_on_the_embedding_and_one_of_1_hidden_states(share, carry, make_model):
+    other, model = make_model("agag", carry), make_model("agag", "gate")
+    model.load_state_dict(other.state_dict(), strict=False)
+    model.gate.data.fill_(share)
+    for passes in (1, 2, 4):
+        assert_close(run_episode(model, EPISODE, passes), run_episode(other, EPISODE, passes))
+
+
+def test_a_model_that_never_slept_answers_as_well_after_any_number_of_passes_through_a_gate_of_0():
+    run = load_run("graph-laptop-sleep-N1-seed0")
+    plain, task = run.load_model(), run.make_task()
+    gated = SleepLM(replace(plain.config, carry="gate")).eval()
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    right = {
+        (model.config.carry, passes): accuracy_by_depth(model, task, passes, examples=300)[1].accuracy
+        for model in (plain, gated)
+        for passes in (1, 2, 4)
+    }
+    assert right["hidden", 1] == right["gate", 1] > 0.95
+    assert min(right["gate", 2], right["gate", 4]) > 0.95 and right["hidden", 4] < 0.3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_sleeps_in_a_session_and_under_a_trace(rule, make_model):
+    model, trace = make_model("agag", rule=rule), SleepTrace()
+    logits = run_episode(model, EPISODE, 3, trace)
+    session = Session(model, TASK.window, passes=3, batch=3)
+    session.read(EPISODE.windows.flatten(1))
+    assert_close(session.S, trace.S[-1][-1])
+    session = Session(model, 6, passes=3, batch=3)
+    session.S = trace.S[-1][-1]
+    assert_close(session.answer(EPISODE.prompt), logits)
 
 
 def test_order_of_the_windows_matters_because_S_is_carried(make_model):
@@ -366,7 +406,9 @@ def test_recomputing_keeps_what_enters_a_pass_and_nothing_more(carry, make_model
     length = {windows: GraphRetrieval(nodes=6, hops=2, queries=3, windows=windows).window for windows in (1, 2)}
     S = 2 * 3 * 2 * 8 * 8  # two layers of (b, heads, d_v, d_k)
     more = kept_for_gradient(model, 5, 1, True) - kept_for_gradient(model, 4, 1, True)
-    assert more <= S + (6 if carry == "inject" else 1) * 3 * length[1] * 16  # an S and an h (b, l, w), or what is mixed
+    assert (
+        more <= S + {"inject": 6, "gate": 2}.get(carry, 1) * 3 * length[1] * 16
+    )  # an S and an h (b, l, w), or what is mixed
     assert kept_for_gradient(model, 8, 3, True) < kept_for_gradient(model, 1, 3, False)
     assert kept_for_gradient(model, 5, 1, False) - kept_for_gradient(model, 4, 1, False) > 10 * more
 

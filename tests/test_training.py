@@ -22,7 +22,7 @@ from sleepedu.model import SleepLM
 from sleepedu.progress import ProgressBar
 from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
-from sleepedu.tasks.base import majority_loss
+from sleepedu.tasks.batches import majority_loss
 from sleepedu.tasks.random_streams import TESTING, TRAINING, stream
 from sleepedu.training import TrainConfig, make_optimizers, score, train
 
@@ -285,7 +285,7 @@ def test_the_rate_reaches_both_optimizers(make_model, monkeypatch):
     assert rates == pytest.approx([x for share in shares for x in (0.01 * share, 0.002 * share)])
 
 
-@pytest.mark.parametrize("carry", ["hidden", "inject"])
+@pytest.mark.parametrize("carry", ["hidden", "inject", "gate"])
 def test_muon_gets_the_hidden_matrices_and_nothing_else(carry, make_model):
     model = make_model("ag", carry, positions=4)
     muon, adam = make_optimizers(model, CONFIG)
@@ -409,9 +409,10 @@ def test_the_smoke_run_of_graph_retrieval_learns():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no C++ compiler here")
-def test_compiled_training_gives_the_same_losses(make_model):
+@pytest.mark.parametrize("rule", ["gated_delta", "hebbian"])  # in C++ and in chunks; the others are these with a gate
+def test_compiled_training_gives_the_same_losses(rule, make_model):
     config = replace(CONFIG, steps=3)  # Muon computes in bfloat16, and what was rounding grows from step to step
-    plain, compiled = make_model("g"), make_model("g")
+    plain, compiled = make_model("g", rule=rule), make_model("g", rule=rule)
     compiled.load_state_dict(plain.state_dict())
     losses = train(plain, TASK, config).loss
     assert train(compiled, TASK, config, compile=True).loss == pytest.approx(losses, abs=1e-4)

@@ -1,7 +1,7 @@
-"""What is only fast, behind one door: ``gated_delta_fast`` gives the numbers of ``gated_delta``, by the best road here.
+"""What is only fast, behind one door: ``fast_rule`` gives the numbers of any rule by the best road there is here.
 
-On a CPU that is C++ (``cpp``), on a GPU Triton (``gpu``), and where neither can be had the chunks. ``compiling`` has
-what else makes a training step faster, ``precision`` the numbers that it computes in.
+Where a rule corrects what is stored that is C++ on a CPU (``cpp``) and Triton on a GPU (``gpu``), elsewhere the chunks.
+``compiling`` has what else makes a training step faster, ``precision`` the numbers that it computes in.
 """
 
 import contextlib
@@ -16,6 +16,17 @@ from sleepedu.fast_weights import check_inputs, gated_delta_chunked
 
 _triton: bool = importlib.util.find_spec("triton") is not None
 _cpp: bool | None = None  # a plain value, which torch.compile can read; None until it is first asked for
+
+
+def fast_rule(name: str, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the rule of that name (``model.RULES``) the fastest way there is here; ValueError as in the rules."""
+    if name in ("delta", "hebbian"):  # they forget nothing
+        log_a = torch.zeros_like(log_a)
+    if name == "hebbian":  # and it writes all
+        b = torch.ones_like(b)
+    if name in ("gated", "hebbian"):
+        return gated_delta_chunked(q, k, v, log_a, b, S, corrects=False)
+    return gated_delta_fast(q, k, v, log_a, b, S)
 
 
 def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:

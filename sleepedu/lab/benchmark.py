@@ -97,7 +97,7 @@ def count_operations(function: Callable[[], object]) -> int:
     """Return the floating-point operations of a call's matrix products, a multiplication and an addition apart.
 
     Triangular solves and attention count too, attention with its whole square; elementwise operations do not. The rule
-    is run in chunks meanwhile, because those are products.
+    is run in chunks meanwhile, because those are products. (``compute`` counts trainings.)
     """
     aten, attention = torch.ops.aten, "_scaled_dot_product_flash_attention"
     solve = {aten.linalg_solve_triangular: lambda A, right, **options: math.prod(A) * right[-1]}
@@ -159,7 +159,7 @@ def time_step(device: torch.device) -> Iterator[Row]:
     """Time a whole training step, plain and compiled, and compare it with its matrix products alone.
 
     On a GPU the compiled one is recorded too. share: the time that this machine's matrix product, at its fastest (two
-    square matrices of 1,024, on a GPU 8,192), would take for the floating-point operations of the step, divided by the
+    square matrices of 1,024, on a GPU 8,192), would take for the operations of the step (Muon's too), divided by the
     step's.
     """
     keep_freed_memory()

@@ -4,11 +4,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
@@ -20,7 +22,7 @@ from sleepedu.intervals import differing
 from sleepedu.lab import results, run_store
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
-from sleepedu.model import SleepLM
+from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.training import History, TrainConfig, rank_and_ranks, train
 
 # What rounding can depend on, as it stands in a run's provenance; a run from before one was noted did without.
@@ -37,21 +39,24 @@ def run(
     compile: bool | None = None,
     recompute: bool = False,
     committed: bool = True,
+    starts: Path | str | None = None,
 ) -> Run | None:
     """Return the stored run with this experiment's settings, or train, evaluate and store it now.
 
     Looks in the committed store, if it may, then in ``directory``, where a new run goes; an interrupted run is resumed.
     watch, recompute: as in ``train``; so is compile, where None means where it can and pays, in a run of 1,000 steps or
-    more. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
+    more. starts: the folder with the run that the experiment goes on from, instead of ``directory``.
+    Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown or not there, or examples outside 1..5,000,000; BlockingIOError when
-    another process is training the same run; OSError when it cannot be written.
+    another process is training the same run; OSError when it cannot be written; and what ``begin`` raises.
     """
     check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
+    settings, weights = begin(experiment, directory if starts is None else starts)
     stores = [run_store.COMMITTED, Path(directory)]
     for store in stores if committed else stores[1:]:
         path = store / experiment.name
-        if (path / "run.json").exists() and (found := load_run(path)).settings == experiment.settings:
+        if (path / "run.json").exists() and (found := load_run(path)).settings == settings:
             if store != run_store.COMMITTED:
                 Checkpoint(path).remove()  # there is one when the run was killed as it finished
             return found
@@ -65,6 +70,7 @@ def run(
                 stack.enter_context(storage.sole_use(path))  # until the run is stored
             torch.manual_seed(experiment.seed)
             model = SleepLM(experiment.model_config).to(where)
+            model.load_state_dict(weights, strict=False)  # those there are: another carry may need more, or less
             history = train(model, task, config, watch, checkpoint, compile=compile, recompute=recompute)
         if rank:
             return None
@@ -76,9 +82,26 @@ def run(
             "recomputed": recompute,
             "ranks": ranks,
         }
-        stored = save_run(path, experiment, model, history, table, made)
+        stored = save_run(path, experiment, settings, model, history, table, made)
         checkpoint.remove()
         return stored
+
+
+def begin(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an experiment's settings, with the checksum of what it goes on from, and the weights of that, if any.
+
+    Looks for the run in ``store``, then where ``load_run`` does. Raises what that and ``load_model`` raise, and
+    ValueError for a run of another task, shape or rule.
+    """
+    if not (name := experiment.trained_from):
+        return experiment.settings, {}
+    run = load_run(path if (path := Path(store, name)).exists() else name)
+    model = replace(ModelConfig(**run.settings["model"]), carry=experiment.carry)
+    for found, wanted in ((run.make_task(), experiment.make_task()), (model, experiment.model_config)):
+        for field, value in asdict(wanted).items():
+            if (its := getattr(found, field)) != value:
+                raise ValueError(f"{name} was trained with {field} {its!r}: it cannot go on with {value!r}")
+    return {**experiment.settings, "trained_from": run.weights}, run.load_model().state_dict()
 
 
 def reproduce(
@@ -90,10 +113,13 @@ def reproduce(
     C++ where that had none. Raises ValueError where its settings are no longer those of today's recipe, ``directory``
     holds the run itself, or its device is not there.
     """
-    if stored.experiment.settings != stored.settings:
-        raise ValueError(f"the recipe of {stored.name} has changed since it was stored: it cannot be trained again")
+    if begin(stored.experiment, stored.path.parent)[0] != stored.settings:
+        raise ValueError(
+            f"the recipe of {stored.name}, or what it went on from, has changed since: it cannot be trained again"
+        )
     made, threads = stored.provenance, torch.get_num_threads()
-    how = {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False), "committed": False}
+    how: dict[str, Any] = {"starts": stored.path.parent, "committed": False}
+    how |= {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False)}
     examples = next(iter(stored.table.values())).n
     with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as folder:
         if Path(folder).resolve() == stored.path.parent.resolve():

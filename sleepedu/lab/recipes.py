@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from sleepedu import checks
-from sleepedu.model import CARRIES, ModelConfig
+from sleepedu.lab.compute import example_operations
+from sleepedu.model import CARRIES, RULES, ModelConfig
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
 
@@ -24,8 +25,8 @@ MODELS = {
     "varied": Kind("N=1 to {}", "the same, trained with N drawn anew for every batch, from 1 to N", True),
     "transformer": Kind("transformer", "attention only, evicting every window: what is left of the past is nothing"),
     "kept": Kind("keeps its cache", "attention only, evicting nothing: it looks back at everything when it answers"),
-    "longer": Kind("N=1, 4x steps", "the hybrid at N = 1, trained on four times the steps"),
-    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers"),
+    "longer": Kind("N=1", "the hybrid at N = 1, trained on more steps, at the operations of N = 4 or above"),
+    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers, likewise"),
 }
 
 
@@ -38,6 +39,8 @@ class Recipe:
     train: Mapping[str, Any]
     carry: str = "hidden"  # from pass to pass; each task takes the one that learns it better
     learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
+    # Times the steps of the controls longer and deeper; unless it is said, as many as the operations of N = 4 pay for.
+    control_steps: Mapping[str, float] = field(default_factory=dict)
 
 
 SMALL = {"layout": "ag", "width": 32, "heads": 2}
@@ -45,12 +48,13 @@ SHORT = {"steps": 300, "batch": 64}
 RING = {"nodes": 8, "hops": 4, "queries": 8}
 ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
+AS_STORED = {"longer": 4, "deeper": 1}  # times the steps: at least what N = 4 costs, up to 1.6 times as much
 MANY_RINGS = {"nodes": 75, "hops": 16, "queries": 10, "windows": 4, "shortest": 3, "tested": (1, 2, 4, 8, 16)}
 RECIPES = {
     ("graph", "smoke"): Recipe({"nodes": 6, "hops": 3, "queries": 6}, SMALL, SHORT),
-    ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS),
+    ("graph", "laptop"): Recipe(RING, {"layout": "ag"}, ON_RINGS, control_steps=AS_STORED),
     # As laptop, but what is to be joined lies in several windows.
-    ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS),
+    ("graph", "split"): Recipe({**RING, "windows": 2}, {"layout": "ag"}, ON_RINGS, control_steps=AS_STORED),
     ("graph", "paper"): Recipe(
         {**MANY_RINGS, "name_tokens": 2},
         {"layout": "gaga", "width": 512, "heads": 8},
@@ -62,6 +66,7 @@ RECIPES = {
         {"layout": "ag", "positions": 12},
         {"steps": 2500, "batch": 64},
         learning_rates={4: 0.005},
+        control_steps=AS_STORED,
     ),
     # By our estimate a quarter of an hour on a T4; it was run on an H100.
     ("rule110", "colab"): Recipe(
@@ -81,6 +86,7 @@ RECIPES = {
         {"layout": "ag"},
         {"steps": 4500, "batch": 64, "adam_learning_rate": 0.005},
         carry="inject",
+        control_steps=AS_STORED,
     ),
     # About 2,900 tokens in two windows; the paper fine-tunes pretrained models on such problems, this starts anew.
     ("math", "paper"): Recipe(
@@ -118,6 +124,8 @@ class Experiment:
     carry: str = _setting("", f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}")
     steps: int = _setting(0, "instead of the recipe's")
     learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
+    rule: str = _setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
+    trained_from: str = _setting("", "stored run of this task and size to go on from; with its seed, on its examples")
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
@@ -128,6 +136,8 @@ class Experiment:
             raise ValueError("model 'varied' draws N from 1 to passes: passes must be above 1")
         if not MODELS[self.model].sleeps and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
+        if self.trained_from and not self.trained_from.startswith(alike := f"{self.task}-{self.size}-"):
+            raise ValueError(f"trained_from must be the name of a stored run, {alike}..., got {self.trained_from!r}")
         checks.whole("steps", self.steps, least=0)
         checks.finite("learning_rate", self.learning_rate)
         object.__setattr__(self, "carry", self.carry or self.recipe.carry)
@@ -140,8 +150,10 @@ class Experiment:
             f"{self.task}-{self.size}-{self.model}",
             f"N{self.passes}" if MODELS[self.model].sleeps else "",
             self.carry if self.carry != self.recipe.carry else "",
+            self.rule if self.rule != RULES[0] else "",
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
+            self.trained_from.replace(f"{self.task}-{self.size}", "from", 1),
             f"seed{self.seed}",
         ]
         return "-".join(filter(None, parts))
@@ -158,16 +170,25 @@ class Experiment:
         layout = self.recipe.model["layout"]
         others = {"transformer": "a" * len(layout), "kept": "A" * len(layout), "deeper": 4 * layout}
         made = {"layout": others.get(self.model, layout), "vocabulary": len(self.make_task().words)}
-        return ModelConfig(**{**self.recipe.model, **made, "carry": self.carry})
+        return ModelConfig(**{**self.recipe.model, **made, "carry": self.carry, "rule": self.rule})
 
     @property
     def train_config(self) -> TrainConfig:
         settings = {**self.recipe.train, "seed": self.seed}
         settings["passes"] = (1, self.passes) if self.model == "varied" else self.passes
-        settings["steps"] = (self.steps or settings["steps"]) * (4 if self.model == "longer" else 1)
+        settings["steps"] = round((self.steps or settings["steps"]) * self.times_the_steps)
         if rate := self.learning_rate or self.recipe.learning_rates.get(self.passes):
             settings["learning_rate"] = rate
         return TrainConfig(**settings)
+
+    @property
+    def times_the_steps(self) -> float:
+        """How many times the recipe's steps a control gets: by the recipe, or for the operations of N = 4."""
+        if self.model not in ("longer", "deeper") or self.model in self.recipe.control_steps:
+            return self.recipe.control_steps.get(self.model, 1)
+        four, task = replace(self, model="sleep", passes=4), self.make_task()
+        asleep, awake = example_operations(four.model_config, task, 4), example_operations(self.model_config, task, 1)
+        return round(asleep / awake, 3)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sleepedu.intervals import Table, across_seeds
+from sleepedu.intervals import Table, across_seeds, paired
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
+from sleepedu.model import RULES
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
@@ -18,7 +19,7 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 
     def place(run: Run) -> tuple:
         e = run.experiment
-        return e.task, e.size, list(MODELS).index(e.model), e.passes, e.carry, e.steps, e.learning_rate, e.seed
+        return e.task, e.size, list(MODELS).index(e.model), e.passes, e.steps, e.learning_rate, label(run), e.seed
 
     together: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=place):
@@ -29,13 +30,26 @@ def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
 def label(run: Run) -> str:
     """Return what tables and figures call the run's model: "N=4" for a sleeper; a setting not the recipe's is named."""
     e = run.experiment
+    start = e.trained_from.removeprefix(f"{e.task}-{e.size}-").rpartition("-seed")[0]
     words = [
         MODELS[e.model].label.format(e.passes),
+        f"{e.times_the_steps:.3g}x steps" if e.times_the_steps != 1 else "",
         e.carry if e.carry != e.recipe.carry else "",
+        e.rule if e.rule != RULES[0] else "",
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
+        f"from {start}" if start else "",
     ]
     return ", ".join(filter(None, words))
+
+
+def in_words(one: list[Run], other: list[Run]) -> dict[str, list[int]]:
+    """Return at which depths runs of one kind are ahead of those of another, and so on, as ``paired`` puts it."""
+    by_seed = ({run.experiment.seed: run.table for run in runs} for runs in (one, other))
+    found: dict[str, list[int]] = defaultdict(list)
+    for depth, pair in paired(*by_seed).items():
+        found[pair.word].append(depth)
+    return dict(found)
 
 
 def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:

@@ -21,10 +21,11 @@ from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available, triton_is_available
 from sleepedu.intervals import Accuracy, Table
+from sleepedu.lab.compute import training_operations
 from sleepedu.lab.recipes import Experiment
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
-from sleepedu.training import History
+from sleepedu.training import History, TrainConfig
 
 VERSION = 1  # of the run format; a run of another version is refused
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -51,8 +52,14 @@ class Run:
 
     def make_task(self) -> Task:
         """Return the task as it was trained on."""
-        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings["task"].items()}
+        settings = _tuples(self.settings["task"])
         return TASKS[str(settings.pop("name"))](**settings)
+
+    @property
+    def operations(self) -> int:
+        """The floating-point operations of its training, in the account of ``lab.compute``."""
+        training = TrainConfig(**_tuples(self.settings["train"]))
+        return training_operations(ModelConfig(**self.settings["model"]), self.make_task(), training)
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
@@ -72,10 +79,15 @@ class Run:
             "run": self.name,
             **asdict(self.experiment),
             "steps": self.settings["train"]["steps"],
+            "operations": self.operations,
             **{name: self.provenance[name] for name in ("tokens", "seconds", "device")},
             "majority": round(sum(a.majority for a in self.table.values()) / len(self.table), 5),
             "depths": plain_table(self.table),
         }
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
 
 
 def load_run(run: Path | str) -> Run:
@@ -124,7 +136,7 @@ def stored_runs(directory: Path | str | None = None) -> list[Run]:
 
 
 def save_run(
-    path: Path, experiment: Experiment, model: SleepLM, history: History, table: Table, made: dict[str, Any]
+    path: Path, experiment: Experiment, settings: dict, model: SleepLM, history: History, table: Table, made: dict
 ) -> Run:
     """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says."""
     weights = storage.pack(model.state_dict())
@@ -139,7 +151,7 @@ def save_run(
         "version": VERSION,
         "weights": storage.checksum(weights),
         "experiment": asdict(experiment),
-        "settings": experiment.settings,
+        "settings": settings,
         "table": plain_table(table),
         "provenance": provenance,
         "history": asdict(history),

@@ -56,7 +56,8 @@ def colour(label: str, position: int = 0) -> str:
 def accuracy_by_depth(tables: Mapping[str, Sequence[Table]], depth_name: str, what: str = "right answers") -> Figure:
     """Draw accuracy against depth, a curve per label: mean, 95% interval as a band, every seed as a dot.
 
-    tables: label -> one table per seed. The dashed line is the best constant answer. Raises ValueError without a table.
+    tables: label -> one table per seed. The dashed line is the best constant answer. The axes end at 0 and 1, where a
+    band over seeds need not. Raises ValueError without a table.
     """
     if not tables:
         raise ValueError("there is nothing to draw: tables is empty")

@@ -16,7 +16,7 @@ from sleepedu.fast import gated_delta_fast
 from sleepedu.layers import EPSILON, FastWeightMixer, WindowCache
 from sleepedu.model import FastWeights, SleepLM
 
-CARRIES = {"gate": "e + g (h - e), e what enters the loop and g learned, 0 at first", "hidden": "the paper: h itself"}
+CARRIES = ("gate", "hidden")  # of the library's, those that a pretrained model can begin with
 LORA = "lora_"  # what peft calls its matrices
 
 
@@ -165,9 +165,6 @@ class PretrainedLM(SleepLM):
 
     def coda(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         return self.blocks(h, S, cache, first=self.config.loop[1])
-
-    def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
-        return embedding + self.gate * (h - embedding) if self.config.carry == "gate" else h
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}

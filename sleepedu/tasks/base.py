@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sleepedu import checks
-from sleepedu.tasks.random_streams import TESTING, stream
 
 UNSCORED = -100  # the target where nothing is asked; what torch's cross-entropy ignores
 
@@ -121,16 +120,3 @@ def check_task(task: Task, vocabulary: int) -> None:
         raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {vocabulary}")
     if task.scoring not in ("each", "all"):
         raise ValueError(f"scoring {task.scoring!r} of the {task.name} task is unknown: use 'each' or 'all'")
-
-
-def majority_loss(task: Task) -> float:
-    """Return the loss of the best constant answer, in nats a scored token: the entropy of the answers to examples.
-
-    There are 4,096, or fewer that have about a million tokens. Raises ValueError for episodes that ask nothing.
-    """
-    episode = task.sample(min(4096, 1 + 2**20 // task.tokens_per_example), stream(0, TESTING, 0))
-    if not episode.asked.any():
-        raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
-    answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
-    share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
-    return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sleepedu.tasks.base import Episode, Task
-from sleepedu.tasks.random_streams import TRAINING, stream
+from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.random_streams import TESTING, TRAINING, stream
 
 
 class Batches(Dataset):
@@ -35,3 +35,16 @@ def prefetched(task: Task, config: Any, begin: int, device: torch.device) -> Ite
         pin_memory=workers > 0,
         generator=torch.Generator(),  # its own, so that nobody else's is moved on
     )
+
+
+def majority_loss(task: Task) -> float:
+    """Return the loss of the best constant answer, in nats a scored token: the entropy of the answers to examples.
+
+    There are 4,096, or fewer that have about a million tokens. Raises ValueError for episodes that ask nothing.
+    """
+    episode = task.sample(min(4096, 1 + 2**20 // task.tokens_per_example), stream(0, TESTING, 0))
+    if not episode.asked.any():
+        raise ValueError(f"the {task.name} task asks nothing: all its targets are {UNSCORED}")
+    answers = episode.targets[episode.asked].view(-1, task.answer_tokens)
+    share = answers.unique(dim=0, return_counts=True)[1].double() / len(answers)
+    return round(float(-(share * share.log()).sum()) / task.answer_tokens, 5)

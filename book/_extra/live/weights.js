@@ -55,6 +55,7 @@ globalThis.sleepeduLiveWeights = {
   "hops": 3,
   "passes": 4
  },
+ "reach": 16.14,
  "models": {
   "1": {
    "run": "graph-laptop-sleep-N1-seed0",
@@ -65,6 +66,14 @@ globalThis.sleepeduLiveWeights = {
     "3": 0.2544375,
     "4": 0.2386875
    },
+   "probes": [
+    [
+     0.96881,
+     0.53417,
+     0.21399,
+     0.24209
+    ]
+   ],
    "weights": {
     "embedding.weight": {
      "columns": 64,
@@ -181,6 +190,20 @@ globalThis.sleepeduLiveWeights = {
     "3": 0.9885,
     "4": 0.94425
    },
+   "probes": [
+    [
+     0.94702,
+     0.61961,
+     0.23096,
+     0.232
+    ],
+    [
+     1.0,
+     1.0,
+     0.82764,
+     0.65252
+    ]
+   ],
    "weights": {
     "embedding.weight": {
      "columns": 64,
@@ -297,6 +320,26 @@ globalThis.sleepeduLiveWeights = {
     "3": 1.0,
     "4": 0.99975
    },
+   "probes": [
+    [
+     0.88486,
+     0.38876,
+     0.17947,
+     0.16628
+    ],
+    [
+     1.0,
+     0.99966,
+     0.82385,
+     0.52156
+    ],
+    [
+     1.0,
+     1.0,
+     1.0,
+     0.96124
+    ]
+   ],
    "weights": {
     "embedding.weight": {
      "columns": 64,
@@ -413,6 +456,32 @@ globalThis.sleepeduLiveWeights = {
     "3": 1.0,
     "4": 1.0
    },
+   "probes": [
+    [
+     0.90608,
+     0.4133,
+     0.20963,
+     0.17259
+    ],
+    [
+     1.0,
+     0.99679,
+     0.6961,
+     0.39209
+    ],
+    [
+     1.0,
+     1.0,
+     0.99851,
+     0.96571
+    ],
+    [
+     1.0,
+     1.0,
+     1.0,
+     0.99828
+    ]
+   ],
    "weights": {
     "embedding.weight": {
      "columns": 64,
