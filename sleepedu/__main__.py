@@ -1,4 +1,4 @@
-"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench``.
+"""The command line: ``python -m sleepedu train | evaluate | probe | results | reproduce | bench | finetune``.
 
 Wrong input gives one line on stderr and exit code 2, a run that is not reproduced, or that scores differently on other
 examples, exit code 1; an interrupted training run resumes with the same command.
@@ -21,6 +21,7 @@ from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, run_store
 from sleepedu.lab import results as tables
+from sleepedu.pretrained import finetuning
 from sleepedu.progress import ProgressBar
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except ConnectionError:  # another rank has failed, and says why
         return 2
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
         return _fail(storage.first_line(error))
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # a full CPU's has no kind of its own
@@ -143,6 +144,14 @@ def bench(options: argparse.Namespace) -> None:
         print(*("\n".join(["", part, *tables.aligned(figures[part])]) for part in options.only), sep="\n")
 
 
+def finetune(options: argparse.Namespace) -> None:
+    watch = None if options.quiet else ProgressBar()
+    settings = _chosen(finetuning.FineTuning, options)
+    made = finetuning.finetune(settings, options.device, options.runs, watch, options.examples)
+    print(f"{made.path}: {made.provenance['seconds']:.0f} s of training on {made.provenance['processor']}")
+    print(*tables.aligned([{"operations": depth, **asdict(a)} for depth, a in made.table.items()]), sep="\n")
+
+
 def _fail(message: str, on_every_rank: bool = False) -> int:
     """Say what is wrong and return the exit code; what every rank of torchrun finds alike the first one says."""
     if on_every_rank or not experiments.torchrun_rank():
@@ -188,6 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     add(results, "all stored runs in one table", "--runs", "--json")
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
     add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
+    what = "fine-tune a pretrained model to sleep, or resume it"
+    add(finetune, what, "--runs", "--quiet", "--examples", *here, settings=finetuning.FineTuning, examples=400, **own)
     return parser
 
 

@@ -149,14 +149,10 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, width: int, mlp_ratio: float):
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.has_fast_weights = mixer, isinstance(mixer, FastWeightMixer)
         self.mlp = SwiGLU(width, mlp_ratio)
         self.mixer_norm = nn.RMSNorm(width, EPSILON)
         self.mlp_norm = nn.RMSNorm(width, EPSILON)
-
-    @property
-    def has_fast_weights(self) -> bool:
-        return isinstance(self.mixer, FastWeightMixer)
 
     def forward(self, h: Tensor, S: Tensor | None, cache: WindowCache | None = None) -> tuple[Tensor, Tensor | None]:
         x = self.mixer_norm(h)  # (b, l, w)

@@ -88,6 +88,9 @@ class SleepLM(nn.Module):
     number, shape, device or dtype do not fit.
     """
 
+    not_hidden: tuple[str, ...] = (".gates.",)  # parts of the names of matrices that are not Muon's
+    in_coda = 0  # how many fast-weight layers come after those that a sleep loops
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -95,6 +98,7 @@ class SleepLM(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         if config.positions:
             self.places = nn.Parameter(0.5 * torch.randn(config.positions, config.width))
+        self.fast_layers = [index for index, letter in enumerate(config.layout) if letter == "g"]
         self.layers = nn.ModuleList()
         for letter in config.layout:
             if letter == "g":
@@ -111,11 +115,6 @@ class SleepLM(nn.Module):
             self.inject.weight = nn.Parameter(torch.cat((eye, eye / 2), dim=1))
         if config.carry == "gate":
             self.gate = nn.Parameter(torch.zeros(config.width))
-
-    @property
-    def fast_layers(self) -> list[int]:
-        """The indices of the blocks that have fast weights."""
-        return [index for index, letter in enumerate(self.config.layout) if letter == "g"]
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -167,8 +166,18 @@ class SleepLM(nn.Module):
             h, of_layer[index] = block(h, of_layer.get(index), None if cache is None else cache[index])
         return h, tuple(of_layer[index] for index in self.fast_layers)  # (b, l, w), (b, heads, d_v, d_k) each
 
+    def prelude(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
+        """Run what a sleep runs once before its passes, as ``coda`` what it runs once after them: nothing, here."""
+        return h, S
+
+    coda = prelude
+
+    def loop(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
+        """Run what a sleep runs N times: all blocks, here."""
+        return self.blocks(h, S, cache)
+
     def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Return what the next sleep pass starts from, given this pass's h and the window's embedding (b, l, w)."""
+        """Return what the next sleep pass starts from, given this pass's h and the h (b, l, w) that the first got."""
         if self.config.carry == "hidden":
             return h
         if self.config.carry == "embed":

@@ -61,16 +61,17 @@ class Session:
         answers = []
         while tokens.shape[1]:
             piece, tokens = tokens[:, : self.room], tokens[:, self.room :]
-            embedding = self.model.embed(piece, self._filled)
             cache = [replace(layer) for layer in self._cache]  # so that an interrupted pass has changed nothing
-            h, S = self.model.blocks(embedding, self.S, cache)
+            embedding, S = self.model.prelude(self.model.embed(piece, self._filled), self.S, cache)
+            h, S = self.model.loop(embedding, S, cache)
+            last, S = self.model.coda(h, S, cache)
             self.S, self._cache = S, cache
             if self.passes > 1:
                 self._read.append((h, embedding))
             self._filled += piece.shape[1]
             self.tokens_read += piece.shape[1]
             if logits:
-                answers.append(self.model.out(h))
+                answers.append(self.model.out(last))
             if not self.room:
                 self.sleep()
         if not logits:
@@ -85,11 +86,13 @@ class Session:
         S, taken = self.S, torch.full_like(self.passes_taken, self.passes)
         if self.passes > 1:
             h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
+            S = S[: len(S) - self.model.in_coda] + self._before  # the coda has read the window, and will again
             if self.tolerance is not None:
                 S, taken = settle(self.model, h, embedding, S, self.passes, self.tolerance)
             else:
                 for _ in range(1, self.passes):
-                    h, S = self.model.blocks(self.model.carry(h, embedding), S)
+                    h, S = self.model.loop(self.model.carry(h, embedding), S)
+                S = self.model.coda(h, S)[1]
         self.S, self.passes_taken = S, taken
         self.sleeps += 1
         self._clear_window()
@@ -112,6 +115,7 @@ class Session:
 
     def _clear_window(self) -> None:
         self._cache = self.model.empty_cache()
+        self._before = self.S[len(self.S) - self.model.in_coda :]
         self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
         self._filled = 0
 

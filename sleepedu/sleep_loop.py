@@ -37,17 +37,16 @@ def sleep(
     """
     check_passes(passes)
     check_sleeps(model)
-    blocks = partial(checkpoint, model.blocks, use_reentrant=False) if recompute else model.blocks
+    loop = partial(checkpoint, model.loop, use_reentrant=False) if recompute else model.loop
     S = model.empty_fast_weights(len(tokens)) if S is None else S
+    embedding, S = model.prelude(model.embed(tokens), S)  # (b, l, w)
     if trace is not None:
         trace.begin(S)
-    h = embedding = model.embed(tokens)  # (b, l, w)
+    h = embedding
     for n in range(passes):
-        if n:
-            h = model.carry(h, embedding)
         with nullcontext() if trace is None else trace.watch(model):
-            h, S = blocks(h, S)
-    return S
+            h, S = loop(model.carry(h, embedding) if n else h, S)
+    return model.coda(h, S)[1]
 
 
 def wake(model: SleepLM, prompt: Tensor, S: FastWeights) -> Tensor:
@@ -88,8 +87,9 @@ def sleep_until_settled(
     """
     check_passes(passes)
     check_settles(model, tolerance)
-    embedding = model.embed(tokens)
-    h, S = model.blocks(embedding, model.empty_fast_weights(len(tokens)) if S is None else S)
+    S = model.empty_fast_weights(len(tokens)) if S is None else S
+    embedding, S = model.prelude(model.embed(tokens), S)
+    h, S = model.loop(embedding, S)
     return settle(model, h, embedding, S, passes, tolerance)
 
 
@@ -101,21 +101,22 @@ def settle(
     A sequence has settled when a pass has changed the S of every layer by no more than ``tolerance`` of its norm,
     ``|S_n - S_(n-1)| <= tolerance |S_n|``; that pass is its last, and the others go on without it.
     """
-    final = tuple(matrix.clone() for matrix in S)
+    final = tuple(tensor.clone() for tensor in (h, *S))
     taken = torch.ones(len(h), dtype=torch.long, device=h.device)  # (b,)
     going = torch.arange(len(h), device=h.device)  # the sequences that go on
     for _ in range(1, passes):
         if not len(going):
             break
-        h, after = model.blocks(model.carry(h, embedding), S)
+        h, after = model.loop(model.carry(h, embedding), S)
         taken[going] += 1
         settled = torch.ones_like(going, dtype=torch.bool)
-        for whole, new, old in zip(final, after, S, strict=True):
+        for whole, new in zip(final, (h, *after), strict=True):
             whole[going] = new
+        for new, old in zip(after, S, strict=True):
             settled &= (new - old).flatten(1).norm(dim=1) <= tolerance * new.flatten(1).norm(dim=1)
         going, h, embedding = going[~settled], h[~settled], embedding[~settled]
         S = tuple(matrix[~settled] for matrix in after)
-    return final, taken
+    return model.coda(final[0], final[1:])[1], taken
 
 
 def check_passes(passes: int) -> None:

@@ -15,7 +15,8 @@ class SleepTrace:
     """What happened in every pass of every sleep: hand one to ``sleep`` or ``run_episode`` and read it afterwards.
 
     S[window][n] is the fast weights after pass n, a tuple over fast-weight layers of (b, heads, d_v, d_k); n = 0 is
-    before the sleep. h[window][n - 1] is (layers, b, l, w), the hidden states after every block in pass n.
+    before the first. h[window][n - 1] is (layers, b, l, w), the hidden states after every block in pass n. Of a model
+    that loops some of its blocks, the passes are these blocks'.
     """
 
     S: list[list[FastWeights]] = field(default_factory=list)
@@ -29,15 +30,19 @@ class SleepTrace:
     @contextmanager
     def watch(self, model: SleepLM) -> Iterator[None]:
         """Keep what the model's blocks do meanwhile, as one pass over the present window."""
-        seen: list = []
-        hooks = [block.register_forward_hook(lambda *call: seen.append(call[-1])) for block in model.layers]
+        seen: dict = {}  # what every block returned, by its place in the model
+        hooks = [
+            block.register_forward_hook(lambda *call, place=place: seen.update({place: call[-1]}))
+            for place, block in enumerate(model.layers)
+        ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        self.h[-1].append(torch.stack([h.detach() for h, _ in seen]))
-        self.S[-1].append(tuple(S.detach() for _, S in seen if S is not None))
+        self.h[-1].append(torch.stack([h.detach() for h, _ in seen.values()]))
+        before = zip(model.fast_layers, self.S[-1][-1], strict=True)
+        self.S[-1].append(tuple(seen[place][1].detach() if place in seen else S for place, S in before))
 
     def stack(self, window: int = -1) -> Tensor:
         """Return S before and after every pass as one tensor, (passes + 1, fast-weight layers, b, heads, d_v, d_k).

@@ -59,9 +59,8 @@ class TrainConfig:
         for name in ("weight_decay", "decay"):
             checks.finite(name, getattr(self, name))
         if not 0 <= self.decay <= 1 or self.weight_decay < 0:
-            raise ValueError(
-                f"decay must lie in 0..1 and weight_decay not be negative, got {self.decay}, {self.weight_decay}"
-            )
+            given = f"{self.decay}, {self.weight_decay}"
+            raise ValueError(f"decay must lie in 0..1 and weight_decay not be negative, got {given}")
         check_precision(self.precision)
 
     @property
@@ -253,7 +252,7 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and name.endswith("weight") and name.startswith(("layers.", "inject."))
-        (hidden if matrix and ".gates." not in name else rest).append(parameter)
+        (hidden if matrix and not any(part in name for part in model.not_hidden) else rest).append(parameter)
     decay = config.weight_decay
     muon = torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=decay, momentum=0.95)
     adam = torch.optim.AdamW(rest, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)

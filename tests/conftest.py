@@ -1,5 +1,7 @@
 """What the tests share: one thread, no display, small models whose every parameter matters, one tiny stored run."""
 
+import re
+
 import matplotlib
 import pytest
 import soak
@@ -7,6 +9,7 @@ import torch
 
 from sleepedu.lab import experiments, run_store
 from sleepedu.model import ModelConfig, SleepLM
+from sleepedu.tasks.math_reasoning import COLOURS, PLACES
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
@@ -37,6 +40,27 @@ def tiny_experiment() -> experiments.Experiment:
 def tiny_run(tiny_experiment, tmp_path_factory) -> run_store.Run:
     """A run of four steps. Tests that damage it work on a copy."""
     return experiments.run(tiny_experiment, "cpu", tmp_path_factory.mktemp("runs"), examples=20)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """A factory of tokenizers of transformers with a token for every word; digits: those that it knows."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+
+    def make(folder, digits: str = "0123456789") -> str:
+        said = re.findall(r"\S+", "The dial shows now more less than the plus Question : what does show ? Answer .")
+        words = ["[UNK]", *digits, *said, *COLOURS, *PLACES]
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def words(make_tokenizer, tmp_path_factory) -> str:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -82,13 +82,7 @@ class Task(ABC):
     @abstractmethod
     def windows(self) -> int: ...
 
-    @property
-    @abstractmethod
-    def window(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def prompt_length(self) -> int: ...
+    window = prompt_length = windows  # whole numbers, as abstract
 
     @abstractmethod
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:

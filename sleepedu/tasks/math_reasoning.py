@@ -179,8 +179,8 @@ class MathReasoning(Task):
         return {" ".join(prompt[i + 1 - self.name_words : i + 1]): i for i in positions}
 
     def _plain(self, episode: Episode, index: int) -> str:
-        words = (self.words[token] for token in episode.windows[index].flatten().tolist())
-        return " ".join(word for word in words if word != "_")
+        words = self.words
+        return " ".join(words[token] for token in episode.windows[index].flatten().tolist() if words[token] != "_")
 
 
 class _Graph:

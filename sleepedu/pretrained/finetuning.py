@@ -1,0 +1,190 @@
+"""Fine-tune a pretrained model to sleep on text: every N on the same examples, stored, resumed where it stood."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleepedu import checks, storage
+from sleepedu.checkpoint import Checkpoint
+from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.intervals import Accuracy, Table
+from sleepedu.lab import run_store
+from sleepedu.pretrained.blocks import PretrainedLM
+from sleepedu.pretrained.loading import add_lora, load, restore, retrofit, save
+from sleepedu.pretrained.text import TextReasoning
+from sleepedu.tasks.base import Task
+from sleepedu.training import History, TrainConfig, train
+
+GIB = 2**30
+
+
+def _setting(default: Any, what: str) -> Any:
+    return field(default=default, metadata={"help": what})
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One fine-tuning in words; the command line asks for the same fields. ValueError for what cannot be trained."""
+
+    source: str = field(metadata={"help": "the model: a name on the hub, a folder, a .gguf file, or smollm2"})
+    passes: int = _setting(4, "N, sleep passes over every window")
+    seed: int = _setting(0, "of what is new in the model, and of all examples")
+    steps: int = _setting(500, "of training")
+    batch: int = _setting(8, "examples a step")
+    windows: int = _setting(1, "windows of a text")
+    window: int = _setting(512, "tokens of a window")
+    quantities: int = _setting(8, "dials that a problem is about")
+    operations: int = _setting(4, "most operations of an answer")
+    loop: str = _setting(
+        "", "FIRST:END, the blocks that are run N times; the middle half, of a retrofit all, when absent"
+    )
+    carry: str = _setting("gate", "from pass to pass: gate or hidden")
+    after: str = _setting("", "retrofit: the blocks to put fast weights behind, as in 4,9,14, or 'six' of them")
+    rank: int = _setting(8, "of LoRA; 0 trains every weight")
+    learning_rate: float = _setting(0.002, "Muon's, for new matrices and, with rank 0, those of the blocks")
+    adam_learning_rate: float = _setting(0.0005, "AdamW's, for LoRA and the rest")
+
+    def __post_init__(self):
+        checks.whole("rank", self.rank, least=0)
+        _ = self.train_config, self._numbers("loop", ":"), self._numbers("after", ",")
+        if self.loop and len(self._numbers("loop", ":")) != 2:
+            raise ValueError(f"loop must be FIRST:END, as in 6:18, got {self.loop!r}")
+
+    def _numbers(self, name: str, between: str) -> tuple[int, ...]:
+        value = getattr(self, name)
+        try:
+            return tuple(int(part) for part in value.split(between)) if value not in ("", "six") else ()
+        except ValueError:
+            raise ValueError(f"{name} must be whole numbers with {between!r} between them, got {value!r}") from None
+
+    @property
+    def name(self) -> str:
+        """The run's name, and that of its folder."""
+        return f"{Path(self.source).name}-N{self.passes}-{self.carry}-seed{self.seed}"
+
+    @property
+    def train_config(self) -> TrainConfig:
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("passes", "steps", "batch", "seed")}
+        own |= {name: getattr(self, name) for name in ("learning_rate", "adam_learning_rate")}
+        return TrainConfig(**own, warmup=min(50, self.steps // 10))
+
+    def make_task(self) -> TextReasoning:
+        return TextReasoning(self.source, self.windows, self.window, self.quantities, self.operations)
+
+    def make_model(self, fetch: bool = True) -> PretrainedLM:
+        """Return the model before its first step; its form alone, on meta, where its weights are not to be fetched."""
+        loop: Any = self._numbers("loop", ":") or None
+        torch.manual_seed(self.seed)
+        if self.after:
+            model = retrofit(self.source, self._numbers("after", ",") or None, loop, self.carry, fetch=fetch)
+        else:
+            model = load(self.source, loop, self.carry, fetch=fetch)
+        return add_lora(model, self.rank) if self.rank else model
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A finished fine-tuning: its settings, history, accuracy by operations, and where and how it was made."""
+
+    path: Path
+    settings: FineTuning
+    history: History
+    table: Table
+    provenance: dict[str, Any]
+
+    def load_model(self, device: str = "cpu") -> PretrainedLM:
+        """Return the model as it was trained."""
+        return restore(self.path / "trained.safetensors").to(run_store.find_device(device))
+
+
+def finetune(
+    settings: FineTuning,
+    device: str = "auto",
+    directory: Path | str = run_store.OWN,
+    watch: Callable[[History, TrainConfig], None] | None = None,
+    examples: int = 400,
+) -> FineTuned:
+    """Return the stored fine-tuning of these settings, or train, measure and store it now; interrupted, it goes on.
+
+    watch: as in ``train``. examples: to measure on, for every number of operations. Raises what ``load``, ``retrofit``
+    and ``train`` raise; MemoryError, before any weights are fetched, for a GPU that is too small.
+    """
+    where, path = run_store.find_device(device), Path(directory) / settings.name
+    if (path / "run.json").exists() and (found := load_finetuned(path)).settings == settings:
+        return found
+    task = settings.make_task()
+    if where.type == "cuda":
+        check_card(settings, task, torch.cuda.get_device_properties(where).total_memory)
+    with storage.sole_use(path):
+        model, checkpoint = settings.make_model().to(where), Checkpoint(path)
+        history = train(model, task, settings.train_config, watch, checkpoint)
+        table = accuracy_by_depth(model, task, settings.passes, examples, settings.seed, batch=settings.batch)
+        save(model, path / "trained.safetensors")
+        counts = {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "trained": sum(weight.numel() for weight in model.state_dict().values()),
+            "gate": model.gate.abs().mean().item() if settings.carry == "gate" else None,
+        }
+        stored = {
+            "settings": asdict(settings),
+            "table": run_store.plain_table(table),
+            "provenance": {**run_store.machine(where), "seconds": history.seconds[-1], **counts},
+            "history": asdict(history),
+        }
+        storage.write(path / "run.json", run_store.readable_json(stored).encode())
+        checkpoint.remove()
+    return load_finetuned(path)
+
+
+def load_finetuned(path: Path | str) -> FineTuned:
+    """Return a stored fine-tuning. Raises FileNotFoundError where there is none, ValueError for one that is broken."""
+    file = Path(path) / "run.json"
+    content = file.read_bytes()
+    with storage.reading(file):
+        stored = json.loads(content)
+        return FineTuned(
+            Path(path),
+            FineTuning(**stored["settings"]),
+            History(**stored["history"]),
+            {int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+            stored["provenance"],
+        )
+
+
+def check_card(settings: FineTuning, task: Task, memory: int) -> None:
+    """Raise MemoryError, which says what would fit, for a GPU of so many bytes on which a step would not."""
+    model = settings.make_model(fetch=False)
+
+    def needed(batch: int) -> int:
+        return memory_needed(model, task, settings.passes, batch)
+
+    if needed(settings.batch) > memory:
+        batch = next((batch for batch in range(settings.batch - 1, 0, -1) if needed(batch) <= memory), 0)
+        fits = f"a batch of {batch} fits" if batch else "not even a batch of 1 fits: take a smaller model or window"
+        told = f"a step needs about {needed(settings.batch) / GIB:.1f} GiB, the GPU has {memory / GIB:.1f}"
+        raise MemoryError(f"{told}: {fits}")
+
+
+def memory_needed(model: PretrainedLM, task: Task, passes: int, batch: int) -> int:
+    """Return about how many bytes a training step takes, in float32: an estimate, rather too large.
+
+    Weights; gradient and AdamW's two moments of what is trained; the h and S that enter every block of every pass; and
+    all of one block, which is computed again.
+    """
+    parameters = list(model.parameters())
+    weights = sum(weight.numel() for weight in parameters)
+    weights += 3 * sum(weight.numel() for weight in parameters if weight.requires_grad)
+    (first, end), layout = model.config.loop, model.config.layout
+    runs = len(layout) + (passes - 1) * (end - first)
+    fast_runs = layout.count("g") + (passes - 1) * layout[first:end].count("g")
+    heads, value_size, _ = model.config.state_shape
+    width = model.embedding.embedding_dim
+    inner = max(weight.shape[0] for weight in model.layers.parameters() if weight.ndim == 2)
+    kept = task.windows * (runs * task.window * width + fast_runs * math.prod(model.config.state_shape))
+    at_once = task.window * (20 * width + 9 * inner + 40 * heads * value_size)
+    return 4 * (weights + batch * (kept + at_once))

@@ -1,0 +1,184 @@
+"""Word problems as ordinary text, for any tokenizer: the question first, then windows of an exact length, no padding.
+
+The paper's form of GSM-Infinite. A problem is ``MathReasoning``'s: dials that show digits. Sentences about other dials,
+of the same forms, fill the windows to the last token.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from sleepedu import checks
+from sleepedu.pretrained.loading import tokenizer_of
+from sleepedu.tasks.base import UNSCORED, Episode, Task
+from sleepedu.tasks.math_reasoning import COLOURS, PAIRED, PLACES, MathReasoning
+
+NAMES = tuple(f"{colour} {place}" for colour in COLOURS[:PAIRED] for place in PLACES)
+ANSWER = "\nAnswer: "
+MOST = 4000  # tokens of a text, for which there are names enough
+FILL = " now"  # a word that a sentence can do with or without
+VERB = " shows"  # where it stands before
+
+
+@dataclass(frozen=True)
+class TextReasoning(Task):
+    """``MathReasoning`` with one question, as text: "The red mill dial shows 3 more than the grey canal dial."
+
+    tokenizer: of which model, as for ``load``. windows, window: how many, of how many tokens; the paper's texts have
+    2,000 to 3,300. quantities, operations, sums, less: as in ``MathReasoning``. Raises ValueError as that does, where a
+    problem may be longer than the windows, these are longer than ``MOST``, or the tokenizer does not give every digit a
+    token of its own.
+    """
+
+    tokenizer: str
+    windows: int = 1
+    window: int = 512
+    quantities: int = 8
+    operations: int = 4
+    sums: bool = True
+    less: bool = True
+
+    name = "text"
+    scoring = "each"
+    depth_name = "operations"
+
+    def __post_init__(self):
+        checks.whole("windows", self.windows, least=1)
+        _ = self.problem  # which refuses what makes none
+        checks.whole("window", self.window, least=1)
+        for text in (FILL, VERB):
+            if len(self._ids(text)) != 1:
+                raise ValueError(f"the tokenizer of {self.tokenizer} splits {text!r}: it must be one token")
+        if any(ids[:-1] != self._prompt or len(ids) < 2 for ids in self._answers) or len(set(self.digits)) < 10:
+            raise ValueError(f"the tokenizer of {self.tokenizer} splits digits, or joins them: each must be a token")
+        longest = len(self._ids(sentence("white lighthouse", "", "", ["brown lighthouse", "orange lighthouse"])))
+        needed, room = (self.quantities + 2) * longest, self.windows * self.window
+        checks.whole("windows x window", room, least=needed, most=MOST)
+
+    @cached_property
+    def problem(self) -> MathReasoning:
+        """The problem without its text."""
+        return MathReasoning(self.quantities, self.operations, "one", sums=self.sums, less=self.less)
+
+    @cached_property
+    def _answers(self) -> list[list[int]]:
+        return [self._ids(f"{ANSWER}{digit}") for digit in range(10)]
+
+    @property
+    def _prompt(self) -> list[int]:
+        return self._answers[0][:-1]
+
+    @property
+    def digits(self) -> list[int]:
+        """The token of every digit, 0 to 9."""
+        return [ids[-1] for ids in self._answers]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return vocabulary(self.tokenizer)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return self.problem.depths
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self._prompt)
+
+    @property
+    def floor(self) -> float:
+        return self.problem.floor or 0.0
+
+    def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
+        self._check_sample(batch, depth)
+        drawn = self.problem.sample(batch, generator, depth)
+        chance = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        texts = [self._text(drawn, index, chance) for index in range(batch)]
+        targets = torch.full((batch, self.prompt_length), UNSCORED)
+        targets[:, -1] = torch.tensor(self.digits)[drawn.targets[:, 0]]
+        depths = torch.zeros_like(targets)
+        depths[:, -1] = drawn.depth[:, 0]
+        windows = torch.tensor(texts).view(batch, self.windows, self.window)
+        return Episode(windows, torch.tensor([self._prompt] * batch), targets, depths)
+
+    def _text(self, drawn: Episode, index: int, chance: random.Random) -> list[int]:
+        """Return the tokens of one problem: its question, then its sentences among others, as many as fit."""
+        room = self.windows * self.window
+        names = chance.sample(NAMES, min(len(NAMES), self.quantities + room // 8))
+        facts = self.problem.facts(drawn, index)
+        called = {dial: names.pop() for dial in facts}
+        (asked,) = self.problem.asked_dials(drawn, index)
+        question = self._ids(f"Question: what does the {called[asked]} dial show?")
+        own = [
+            sentence(called[dial], n, form, [called[of] for of in sources])
+            for dial, (n, form, sources) in facts.items()
+        ]
+        others = self._others(list(called.values()), names, chance)
+        sentences = [self._ids(text) for text in (*own, *others)]
+        room -= len(question) + sum(map(len, sentences[: len(own)]))
+        for ids in sentences[len(own) :]:  # those that fit
+            if len(ids) <= room:
+                room -= len(ids)
+            else:
+                ids.clear()
+        sentences = [ids for ids in sentences if ids]
+        chance.shuffle(sentences)
+        (verb,), (fill,) = self._ids(VERB), self._ids(FILL)
+        filled = chance.sample(sentences, len(sentences))
+        for number in range(room):  # what is left is less than a sentence
+            ids = filled[number % len(filled)]
+            ids.insert(ids.index(verb), fill)
+        return [*question, *(token for ids in sentences for token in ids)]
+
+    def _others(self, known: list[str], names: list[str], chance: random.Random) -> list[str]:
+        """Return sentences about dials that nothing depends on, in the forms and about the shares of the problem's."""
+        forms = ["", *(["more", "less"] if self.less else ["more"])]
+        sentences = []
+        for name in names:
+            number, form, sources = str(chance.randrange(10)), chance.choice(forms), chance.sample(known, 2)
+            if form and self.sums and chance.random() < 0.3:
+                number, form = "", "plus"
+            count = {"": 0, "plus": 2}.get(form, 1)
+            sentences.append(sentence(name, number, form, sources[:count]))
+            known.append(name)
+        return sentences
+
+    def _ids(self, text: str) -> list[int]:
+        return [token for word in re.findall(" ?[^ ]+", text) for token in word_tokens(self.tokenizer, word)]
+
+    def text(self, episode: Episode, index: int = 0) -> str:
+        read = tokenizer(self.tokenizer).decode(episode.windows[index].flatten().tolist())
+        asks = tokenizer(self.tokenizer).decode(episode.prompt[index].tolist())
+        answer = self.digits.index(int(episode.targets[index, -1])) if episode.asked[index, -1] else ""
+        return f"{read}{asks}[{answer}]"
+
+
+def sentence(name: str, number: str, form: str, sources: list[str]) -> str:
+    """Return what the text says of a dial: its number, "more", "less" or neither, and the dials it refers to."""
+    if not sources:
+        return f" The {name} dial shows {number}."
+    if len(sources) == 2:
+        return f" The {name} dial shows the {sources[0]} dial plus the {sources[1]} dial."
+    return f" The {name} dial shows {number} {form} than the {sources[0]} dial."
+
+
+@lru_cache(maxsize=8)
+def tokenizer(source: str) -> Any:
+    return tokenizer_of(source)
+
+
+@lru_cache(maxsize=2**14)
+def word_tokens(source: str, word: str) -> tuple[int, ...]:
+    """Return the tokens of a word with the space before it: no tokenizer of today joins two."""
+    return tuple(tokenizer(source)(word, add_special_tokens=False).input_ids)
+
+
+@lru_cache(maxsize=8)
+def vocabulary(source: str) -> tuple[str, ...]:
+    """Return every token of a tokenizer, as it writes them."""
+    found = tokenizer(source)
+    return tuple(found.convert_ids_to_tokens(range(len(found))))
