@@ -78,7 +78,7 @@ def test_the_answer_follows_from_the_text_in_so_many_operations(settings, tokeni
         assert not episode.depth[:, :-1].any()
 
 
-@pytest.mark.parametrize(("windows", "window"), [(1, 500), (1, 1999), (5, 660)])
+@pytest.mark.parametrize(("windows", "window"), [(1, 500), (3, 660)])
 def test_windows_are_full_of_text_to_the_last_token(windows, window, tokenizer):
     task = TextReasoning(tokenizer, windows, window)
     episode = draw(task, 3)

@@ -40,8 +40,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 @contextlib.contextmanager
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
     """Let a GPU compute what is left of float32 products in TF32 meanwhile, unless float32 was asked for."""
+    if device.type != "cuda":  # some versions of torch warn even who asks
+        yield
+        return
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda" and precision != "float32"
+    torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
     try:
         yield
     finally:
