@@ -1,6 +1,7 @@
 """What the tests share: one thread, no display, small models whose every parameter matters, one tiny stored run."""
 
 import re
+import signal
 
 import matplotlib
 import pytest
@@ -68,3 +69,16 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{number:6,} {what}")
     for what, number in sorted(soak.LARGEST.items()) if soak.SOAK else ():
         terminalreporter.write_line(f"{number:.1e} {what}, at most")
+
+
+@pytest.fixture
+def handle_signal():
+    """Set what handles a signal, for one test."""
+    before = {}
+
+    def handle(number, handler):
+        before[number] = signal.signal(number, handler)
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -58,19 +58,6 @@ class Signalling(GraphRetrieval):
         return super().sample(batch, generator, depth)
 
 
-@pytest.fixture
-def handle_signal():
-    """Set what handles a signal, for one test."""
-    before = {}
-
-    def handle(number, handler):
-        before[number] = signal.signal(number, handler)
-
-    yield handle
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("entries", ["every step", "every second step"])
 def test_ctrl_c_ends_the_step_and_saves(entries, make_model, tmp_path, handle_signal):
     config = CONFIG if entries == "every step" else TrainConfig(passes=2, steps=400, batch=4, warmup=3)

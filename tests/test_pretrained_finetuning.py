@@ -62,7 +62,8 @@ def test_every_n_is_trained_on_the_same_examples(settings):
     assert torch.equal(*seen)
 
 
-def test_an_interrupted_fine_tuning_goes_on_where_it_stood(settings, tmp_path):
+def test_an_interrupted_fine_tuning_goes_on_where_it_stood(settings, tmp_path, handle_signal):
+    handle_signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     whole = finetune(settings, "cpu", tmp_path / "whole", examples=4)
 
     def stop(history, config):
