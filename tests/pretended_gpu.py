@@ -56,6 +56,7 @@ import torch
 import torch.amp.autocast_mode
 import torch.cuda.amp.common
 import torch.nn.functional as F
+from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -68,7 +69,7 @@ MAY_MIX = {"copy_", "_to_copy", *INDEXING}
 # copy; the rule's is two kernels.
 KERNELS = {"slice_backward": 2, "select_backward": 2, "gated_delta_backward": 2, "_unsafe_view": 0}
 # What CUDA has a kernel for and a CPU puts together; autograd asks whether there is one.
-ON_CUDA = torch.library.Library("aten", "IMPL", "CUDA")
+ON_CUDA = Library("aten", "IMPL", "CUDA")
 for one in ("_fused_rms_norm", "silu_backward"):
     ON_CUDA.impl(one, lambda *_: None)
 

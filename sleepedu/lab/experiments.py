@@ -129,8 +129,9 @@ def step_bytes(experiment: Experiment, batch: int, recompute: bool) -> dict[str,
 def check_memory(experiment: Experiment, batch: int, recompute: bool, card: Any) -> None:
     """Raise ValueError, which says what would fit, where a step leaves less than a tenth of a card's memory free."""
     name, room = experiment.name, 0.9 * card.total_memory / 1e9
-    needed, less = (sum(step_bytes(experiment, batch, way).values()) / 1e9 for way in (recompute, True))
+    needed = sum(step_bytes(experiment, batch, recompute).values()) / 1e9
     if needed > room:
+        less = sum(step_bytes(experiment, batch, True).values()) / 1e9
         fits = f"--recompute takes {less:.1f}" if less < room else "take a smaller size, or a GPU that has more"
         raise ValueError(f"a step of {name} takes {needed:.1f} GB of memory, there is room for {room:.1f}: {fits}")
 

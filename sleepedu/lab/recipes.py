@@ -116,7 +116,8 @@ RECIPES = {
 SIZES = tuple(dict.fromkeys(size for _, size in RECIPES))
 
 
-def _setting(default: Any, what: str) -> Any:
+def setting(default: Any, what: str) -> Any:
+    """Return a field that the command line asks for, and what its help says of it."""
     return field(default=default, metadata={"help": what})
 
 
@@ -129,16 +130,16 @@ class Experiment:
     """
 
     task: str = field(metadata={"help": f"one of {', '.join(TASKS)}"})
-    size: str = _setting("laptop", f"one of {', '.join(SIZES)}, if the task has it")
-    model: str = _setting("sleep", f"one of {', '.join(MODELS)}")
-    passes: int = _setting(1, "N, sleep passes over every window; of 'varied' the most, with which it is measured too")
-    seed: int = _setting(0, "of the first weights and of all examples")
-    carry: str = _setting("", f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}")
-    steps: int = _setting(0, "instead of the recipe's")
-    learning_rate: float = _setting(0.0, "Muon's, instead of the recipe's")
-    rule: str = _setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
-    trained_from: str = _setting("", "stored run of this task and size to go on from; with its seed, on its examples")
-    precision: str = _setting("", f"of large products, instead of the recipe's: one of {', '.join(PRECISIONS)}")
+    size: str = setting("laptop", f"one of {', '.join(SIZES)}, if the task has it")
+    model: str = setting("sleep", f"one of {', '.join(MODELS)}")
+    passes: int = setting(1, "N, sleep passes over every window; of 'varied' the most, with which it is measured too")
+    seed: int = setting(0, "of the first weights and of all examples")
+    carry: str = setting("", f"from pass to pass, instead of the recipe's: one of {', '.join(CARRIES)}")
+    steps: int = setting(0, "instead of the recipe's")
+    learning_rate: float = setting(0.0, "Muon's, instead of the recipe's")
+    rule: str = setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
+    trained_from: str = setting("", "stored run of this task and size to go on from; with its seed, on its examples")
+    precision: str = setting("", f"of large products, instead of the recipe's: one of {', '.join(PRECISIONS)}")
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]

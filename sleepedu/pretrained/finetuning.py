@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import Accuracy, Table
 from sleepedu.lab import run_store
+from sleepedu.lab.recipes import setting
 from sleepedu.pretrained.blocks import PretrainedLM
 from sleepedu.pretrained.loading import add_lora, load, restore, retrofit, save
 from sleepedu.pretrained.text import TextReasoning
@@ -23,31 +25,27 @@ from sleepedu.training import History, TrainConfig, train
 GIB = 2**30
 
 
-def _setting(default: Any, what: str) -> Any:
-    return field(default=default, metadata={"help": what})
-
-
 @dataclass(frozen=True)
 class FineTuning:
     """One fine-tuning in words; the command line asks for the same fields. ValueError for what cannot be trained."""
 
     source: str = field(metadata={"help": "the model: a name on the hub, a folder, a .gguf file, or smollm2"})
-    passes: int = _setting(4, "N, sleep passes over every window")
-    seed: int = _setting(0, "of what is new in the model, and of all examples")
-    steps: int = _setting(500, "of training")
-    batch: int = _setting(8, "examples a step")
-    windows: int = _setting(1, "windows of a text")
-    window: int = _setting(512, "tokens of a window")
-    quantities: int = _setting(8, "dials that a problem is about")
-    operations: int = _setting(4, "most operations of an answer")
-    loop: str = _setting(
+    passes: int = setting(4, "N, sleep passes over every window")
+    seed: int = setting(0, "of what is new in the model, and of all examples")
+    steps: int = setting(500, "of training")
+    batch: int = setting(8, "examples a step")
+    windows: int = setting(1, "windows of a text")
+    window: int = setting(512, "tokens of a window")
+    quantities: int = setting(8, "dials that a problem is about")
+    operations: int = setting(4, "most operations of an answer")
+    loop: str = setting(
         "", "FIRST:END, the blocks that are run N times; the middle half, of a retrofit all, when absent"
     )
-    carry: str = _setting("gate", "from pass to pass: gate or hidden")
-    after: str = _setting("", "retrofit: the blocks to put fast weights behind, as in 4,9,14, or 'six' of them")
-    rank: int = _setting(8, "of LoRA; 0 trains every weight")
-    learning_rate: float = _setting(0.002, "Muon's, for new matrices and, with rank 0, those of the blocks")
-    adam_learning_rate: float = _setting(0.0005, "AdamW's, for LoRA and the rest")
+    carry: str = setting("gate", "from pass to pass: gate or hidden")
+    after: str = setting("", "retrofit: the blocks to put fast weights behind, as in 4,9,14, or 'six' of them")
+    rank: int = setting(8, "of LoRA; 0 trains every weight")
+    learning_rate: float = setting(0.002, "Muon's, for new matrices and, with rank 0, those of the blocks")
+    adam_learning_rate: float = setting(0.0005, "AdamW's, for LoRA and the rest")
 
     def __post_init__(self):
         checks.whole("rank", self.rank, least=0)
@@ -64,8 +62,11 @@ class FineTuning:
 
     @property
     def name(self) -> str:
-        """The run's name, and that of its folder."""
-        return f"{Path(self.source).name}-N{self.passes}-{self.carry}-seed{self.seed}"
+        """The run's name, and that of its folder: other settings go into another."""
+        named = ("source", "passes", "carry", "seed")
+        others = [f for f in fields(self) if f.name not in named and getattr(self, f.name) != f.default]
+        words = [re.sub(r"[:,]", "_", f"{f.name}{getattr(self, f.name)}") for f in others]
+        return "-".join([Path(self.source).name, f"N{self.passes}", self.carry, *words, f"seed{self.seed}"])
 
     @property
     def train_config(self) -> TrainConfig:
