@@ -9,6 +9,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: book pdf test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
+	$(BIN)/python book/run_chapters.py
 	$(BIN)/jupyter-book build -W -n --keep-going .
 	@echo "The book is built: open _build/html/index.html in a browser."
 

@@ -68,8 +68,15 @@ def opened(browser, name, **settings):
     context.close()
 
 
-@pytest.fixture(params=CHAPTERS + OTHERS)
+@pytest.fixture(scope="module", params=CHAPTERS + OTHERS)
 def page(request, browser):
+    """Every page in turn, opened once for all the tests that leave it as it is."""
+    with opened(browser, request.param) as page:
+        yield page
+
+
+@pytest.fixture(params=CHAPTERS + OTHERS)
+def page_to_change(request, browser):
     with opened(browser, request.param) as page:
         yield page
 
@@ -109,7 +116,8 @@ def test_chapters_have_a_badge_for_colab(page):
     assert target.startswith("https://colab.research.google.com/github/") and target.endswith(f"{page.name}.ipynb")
 
 
-def test_sliders_move_by_keyboard(page):
+def test_sliders_move_by_keyboard(page_to_change):
+    page = page_to_change
     explorers = page.locator(".explorer").all()
     if page.name in CHAPTERS:
         assert explorers, "every chapter has an interactive figure"
@@ -129,7 +137,8 @@ def test_sliders_move_by_keyboard(page):
             assert explorer.locator(f"label[for='{slider.get_attribute('id')}']").inner_text()
 
 
-def test_page_fits_a_phone(page):
+def test_page_fits_a_phone(page_to_change):
+    page = page_to_change
     page.set_viewport_size({"width": 360, "height": 740})
     page.wait_for_timeout(200)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 361
@@ -203,7 +212,8 @@ def violations(page, rules=None, where="html"):
     }
 
 
-def test_an_automated_check_finds_no_barrier(page):
+def test_an_automated_check_finds_no_barrier(page_to_change):
+    page = page_to_change
     prepare_check(page)
     found = []
     for width in (1200, 400):

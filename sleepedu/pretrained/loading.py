@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def restore(path: str | Path) -> PretrainedLM:
     return model
 
 
+@lru_cache(maxsize=8)
 def tokenizer_of(source: str | Path) -> Any:
     """Return the tokenizer of a source. Raises OSError where its file is neither here nor to be had."""
     check_transformers()

@@ -8,7 +8,6 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 
@@ -151,8 +150,8 @@ class TextReasoning(Task):
         return [token for word in re.findall(" ?[^ ]+", text) for token in word_tokens(self.tokenizer, word)]
 
     def text(self, episode: Episode, index: int = 0) -> str:
-        read = tokenizer(self.tokenizer).decode(episode.windows[index].flatten().tolist())
-        asks = tokenizer(self.tokenizer).decode(episode.prompt[index].tolist())
+        read = tokenizer_of(self.tokenizer).decode(episode.windows[index].flatten().tolist())
+        asks = tokenizer_of(self.tokenizer).decode(episode.prompt[index].tolist())
         answer = self.digits.index(int(episode.targets[index, -1])) if episode.asked[index, -1] else ""
         return f"{read}{asks}[{answer}]"
 
@@ -166,19 +165,14 @@ def sentence(name: str, number: str, form: str, sources: list[str]) -> str:
     return f" The {name} dial shows {number} {form} than the {sources[0]} dial."
 
 
-@lru_cache(maxsize=8)
-def tokenizer(source: str) -> Any:
-    return tokenizer_of(source)
-
-
 @lru_cache(maxsize=2**14)
 def word_tokens(source: str, word: str) -> tuple[int, ...]:
     """Return the tokens of a word with the space before it: no tokenizer of today joins two."""
-    return tuple(tokenizer(source)(word, add_special_tokens=False).input_ids)
+    return tuple(tokenizer_of(source)(word, add_special_tokens=False).input_ids)
 
 
 @lru_cache(maxsize=8)
 def vocabulary(source: str) -> tuple[str, ...]:
     """Return every token of a tokenizer, as it writes them."""
-    found = tokenizer(source)
+    found = tokenizer_of(source)
     return tuple(found.convert_ids_to_tokens(range(len(found))))
