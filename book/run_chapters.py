@@ -1,4 +1,4 @@
-"""Run all chapters afresh, several at once, into the cache that the book is built from.
+"""Run all chapters afresh, several at once, into the cache the book is built from.
 
 On two cores this takes half the time that one after the other does. What a chapter
 prints depends on the library and the stored runs as well as on its code, so nothing

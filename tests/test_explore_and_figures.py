@@ -96,6 +96,18 @@ def test_the_sliders_of_the_page_are_labelled_and_reach_every_value():
     assert any(p.get("aria-live") == "polite" for p in page.all("p"))
 
 
+def test_the_sliders_open_where_they_are_told_and_a_map_leads_elsewhere():
+    explorer = explore(gradient, (1, 2), (1, 3), describe, at=(2, 1), accuracy={(1, 1): 0.996, (2, 3): 0.25})
+    page = Page(explorer.page())
+    assert [slider["value"] for slider in page.all("input")] == ["1", "0"]
+    assert page.all("img")[0]["alt"] == describe(2, 1) and json.loads(page.data)["map"] == ["100%", "", "", "25%"]
+    passes, depths, words, _, cells = explorer.widget().children
+    assert (passes.value, depths.value) == (2, 1)
+    (cell,) = (cell for cell in cells.children if getattr(cell, "description", "") == "25%")
+    cell.click()
+    assert (passes.value, depths.value) == (2, 3) and words.value.startswith("N = 2, depth = 3")
+
+
 def test_numbers_of_numpy_can_stand_on_a_slider():
     assert '"values": [["1", "2"], ["3"]]' in explore(gradient, numpy.arange(1, 3), numpy.array([3]), describe).page()
 
@@ -155,7 +167,7 @@ def test_an_empty_slider_is_refused(passes, depths):
 
 def test_the_widget_draws_anew_when_a_slider_moves():
     explorer = explore(gradient, (1, 2), (1, 3), describe, names=("Passes", "Hops"))
-    passes, depths, picture, words = explorer.widget().children
+    passes, depths, words, picture = explorer.widget().children
     assert (passes.description, depths.description) == ("Passes", "Hops")
     assert picture.value == explorer.frame(1, 1)
     passes.value = 2
@@ -190,7 +202,7 @@ class Ring:
 
 def parts(widget):
     """Return what a reader uses and sees: sliders, seed, button, picture and words."""
-    passes, depths, example, picture, words = widget.children
+    passes, depths, example, words, picture = widget.children
     return passes, depths, *example.children, picture, words
 
 
@@ -296,6 +308,8 @@ def test_the_first_picture_raises_where_it_is_asked_for():
         ({"seed": 2**32}, "seed must lie in 0..4294967295, got 4294967296"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": True}, "seed must be a whole number, got True"),
+        ({"at": (3, 1)}, "(3, 1) is no cell: passes are (1,), depths (1,)"),
+        ({"accuracy": {(1, 2): 0.5}}, "(1, 2) is no cell: passes are (1,), depths (1,)"),
     ],
     ids=str,
 )

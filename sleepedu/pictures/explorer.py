@@ -11,7 +11,7 @@ import html
 import io
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -24,6 +24,7 @@ from PIL import Image
 from sleepedu import checks
 
 MOST_FRAMES, MOST_BYTES = 40, 300_000
+STYLE = {"description_width": "initial"}
 PAGE = Template(Path(__file__).with_name("explorer.html").read_text(encoding="utf-8"))
 
 
@@ -35,8 +36,9 @@ class Explorer:
     readers who do not see it. new_example: makes the example of a seed the one that draw and describe speak of, or
     raises and leaves the one before; with it, a reader who has a kernel gets a button and a box for the seed.
     seed: that of the present example; the first one is there already. Frames and page are of the present example.
-    Raises ValueError for empty sliders, more than 40 pictures or 300 kB of them, a seed outside 0..2^32 - 1, or a
-    new_example that cannot be called.
+    at: N and depth to open at, the first of both unless given. accuracy: the share of right answers over many examples
+    by (N, depth), as a map whose cells can be chosen. Raises ValueError for empty sliders, more than 40 pictures or
+    300 kB of them, a seed outside 0..2^32 - 1, a new_example that cannot be called, or a cell that is not there.
     """
 
     draw: Callable[[Any, Any], Figure]
@@ -46,6 +48,8 @@ class Explorer:
     names: tuple[str, str] = ("Sleep passes N", "Depth")
     new_example: Callable[[int], None] | None = None
     seed: int = 0
+    at: tuple[Any, Any] | None = None
+    accuracy: Mapping[tuple[Any, Any], float] = field(default_factory=dict)
     _frames: dict[tuple[int | str, int | str], bytes] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -58,6 +62,10 @@ class Explorer:
         if self.new_example is not None and not callable(self.new_example):
             raise ValueError(f"new_example must be a function of a seed, or None, got {self.new_example!r}")
         checks.seed(self.seed)
+        self.at = self.at or (self.passes[0], self.depths[0])
+        for n, depth in (self.at, *self.accuracy):
+            if n not in self.passes or depth not in self.depths:
+                raise ValueError(f"({n}, {depth}) is no cell: passes are {self.passes}, depths {self.depths}")
 
     def frame(self, n: int | str, depth: int | str) -> bytes:
         """Return the picture for one N and depth as PNG with at most 64 colours."""
@@ -71,12 +79,12 @@ class Explorer:
         What goes wrong when they are used is said in the words, and the picture stays. Works in ipywidgets 7.7 and 8.
         """
         sliders = [
-            ipywidgets.SelectionSlider(options=values, description=name, style={"description_width": "initial"})
-            for name, values in zip(self.names, (self.passes, self.depths), strict=True)
+            ipywidgets.SelectionSlider(options=values, value=value, description=name, style=STYLE)
+            for name, values, value in zip(self.names, (self.passes, self.depths), self.at, strict=True)
         ]
         seed = ipywidgets.BoundedIntText(self.seed, min=0, max=checks.MOST_SEED, description="Seed")
         button = ipywidgets.Button(description="New example")
-        picture, words = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        words, picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout={"max_width": "100%"})
 
         def show() -> None:
             if seed.value != self.seed and self.new_example is not None:
@@ -100,8 +108,29 @@ class Explorer:
             control.observe(changed, "value")
         button.on_click(next_seed)
         show()
-        example = [] if self.new_example is None else [ipywidgets.HBox([seed, button])]
-        return ipywidgets.VBox([*sliders, *example, picture, words])
+        parts = [*sliders, *([] if self.new_example is None else [ipywidgets.HBox([seed, button])]), words, picture]
+        if self.accuracy:
+            parts.append(self._map(sliders))
+        return ipywidgets.VBox(parts, layout={"max_width": "42rem"})
+
+    def _map(self, sliders: list[ipywidgets.SelectionSlider]) -> ipywidgets.Widget:
+        """Return the map of accuracies, a button for every cell, which moves the sliders there."""
+
+        def cell(*pair: Any) -> ipywidgets.Widget:
+            button = ipywidgets.Button(description=percent(self.accuracy.get(pair)), layout={"width": "auto"})
+
+            def choose(_button: object) -> None:
+                for slider, value in zip(sliders, pair, strict=True):
+                    slider.value = value
+
+            button.on_click(choose)
+            return button
+
+        grid = [ipywidgets.Label(text) for text in (self.names[0], *map(str, self.depths))]
+        for n in self.passes:
+            grid += [ipywidgets.Label(str(n)), *(cell(n, depth) for depth in self.depths)]
+        layout = {"grid_template_columns": f"auto repeat({len(self.depths)}, 1fr)"}
+        return ipywidgets.GridBox(grid, layout=layout)
 
     def page(self) -> str:
         """Return the sliders as HTML that needs no kernel. Raises ValueError when the pictures are too large."""
@@ -112,12 +141,15 @@ class Explorer:
             raise ValueError(f"the pictures take {size} bytes, {MOST_BYTES} at most: draw them smaller or fewer")
         words = [self.describe(*pair) for pair in pairs]
         steps = [list(map(str, values)) for values in (self.passes, self.depths)]  # NumPy's numbers are none in JSON
-        data = json.dumps({"values": steps, "frames": frames, "words": words})
+        cells = [percent(self.accuracy.get(pair)) for pair in pairs] if self.accuracy else []
+        data = json.dumps({"values": steps, "frames": frames, "words": words, "map": cells})
         data = data.replace("<", "\\u003c")  # neither a tag nor a comment may begin in a script
-        shown = {"id": f"explorer-{uuid.uuid4().hex[:8]}", "frame": frames[0], "words": html.escape(words[0])}
+        here = pairs.index(self.at)
+        shown = {"id": f"explorer-{uuid.uuid4().hex[:8]}", "frame": frames[here], "words": html.escape(words[here])}
         for i, (name, values) in enumerate(zip(self.names, (self.passes, self.depths), strict=True)):
-            first = html.escape(str(values[0]))
-            shown |= {f"name{i}": html.escape(name), f"last{i}": str(len(values) - 1), f"first{i}": first}
+            place = values.index(self.at[i])
+            shown |= {f"name{i}": html.escape(name), f"last{i}": str(len(values) - 1), f"at{i}": str(place)}
+            shown[f"first{i}"] = html.escape(str(values[place]))
         return PAGE.substitute(shown, data=data)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
@@ -127,6 +159,11 @@ class Explorer:
 
 
 explore = Explorer  # what a cell says, as a verb
+
+
+def percent(share: float | None) -> str:
+    """Return a share as the map says it, with nothing where nothing was measured."""
+    return "" if share is None else f"{share:.0%}"
 
 
 def small_png(figure: Figure) -> bytes:
