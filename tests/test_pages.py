@@ -34,8 +34,6 @@ def browser():
     if path is None:
         missing = pytest.fail if os.environ.get("CI") else pytest.skip
         missing("no Chromium or Chrome on this machine: install one or set CHROMIUM to its path")
-    if not (PAGES / "intro.html").exists():
-        pytest.fail("the book is not built: run `make book` first")
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -47,6 +45,8 @@ def browser():
 @contextmanager
 def opened(browser, name, **settings):
     """One page of the book; what it asked of other hosts and what went wrong in it are kept on the page object."""
+    if not (PAGES / "intro.html").exists():
+        pytest.fail("the book is not built: run `make book` first")
     context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}} | settings))
     page = context.new_page()
     page.requests_outside, page.problems = [], []

@@ -48,7 +48,7 @@ class Explorer:
     names: tuple[str, str] = ("Sleep passes N", "Depth")
     new_example: Callable[[int], None] | None = None
     seed: int = 0
-    at: tuple[Any, Any] | None = None
+    at: tuple[Any, ...] = ()
     accuracy: Mapping[tuple[Any, Any], float] = field(default_factory=dict)
     _frames: dict[tuple[int | str, int | str], bytes] = field(default_factory=dict, init=False, repr=False)
 
@@ -62,7 +62,7 @@ class Explorer:
         if self.new_example is not None and not callable(self.new_example):
             raise ValueError(f"new_example must be a function of a seed, or None, got {self.new_example!r}")
         checks.seed(self.seed)
-        self.at = self.at or (self.passes[0], self.depths[0])
+        self.at = tuple(self.at) or (self.passes[0], self.depths[0])
         for n, depth in (self.at, *self.accuracy):
             if n not in self.passes or depth not in self.depths:
                 raise ValueError(f"({n}, {depth}) is no cell: passes are {self.passes}, depths {self.depths}")
