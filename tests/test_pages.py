@@ -18,7 +18,10 @@ from test_live import read_models
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "_build" / "html" / "book"
 CHAPTERS = [f"book/{path.stem}" for path in sorted((ROOT / "book").glob("[0-9]*.ipynb"))]
-OTHERS = [f"book/{name}" for name in ("intro", "results", "provenance", "notation", "api", "bibliography")]
+OTHERS = [
+    f"book/{name}"
+    for name in ("intro", "results", "provenance", "how_the_runs_were_tuned", "notation", "api", "bibliography")
+]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 playwright = pytest.importorskip("playwright.sync_api")
