@@ -17,7 +17,6 @@ CEILINGS: dict[str, dict[str, int]] = {
     "01": {"cells": 45},
     "02": {"words": 2775, "cells": 46},
     "03": {"cells": 47},
-    "04": {"words": 2596, "cells": 48},
     "05": {"words": 3870, "cells": 50},
     "06": {"words": 3244, "cells": 55},
     "07": {"words": 3324, "cells": 50},
