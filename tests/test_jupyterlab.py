@@ -53,7 +53,8 @@ def lab():
         "--IdentityProvider.token=",
         f"--notebook-dir={FOLDER / 'book'}",
     ]
-    started = subprocess.Popen([python, "-m", "jupyterlab", *options], stdout=log, stderr=log, env=os.environ)
+    paths = os.environ | {"JUPYTER_PATH": str(Path(sysconfig.get_path("data"), "share", "jupyter"))}  # of widgets
+    started = subprocess.Popen([python, "-m", "jupyterlab", *options], stdout=log, stderr=log, env=paths)
     address = f"http://127.0.0.1:{port}"
     for _ in range(120):
         time.sleep(0.5)
