@@ -20,8 +20,6 @@ CEILINGS: dict[str, dict[str, int]] = {
     "04": {"words": 2596, "cells": 48},
     "05": {"words": 3870, "cells": 50},
     "06": {"words": 3244, "cells": 55},
-    "07": {"words": 3324, "cells": 50},
-    "08": {"words": 3045},
     "09": {"cells": 49},
     "11": {"words": 2864, "cells": 46},
 }
