@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book pdf test lint house form fill unit coverage notebooks pages soak environments wheel gpu clean
+.PHONY: book pdf test lint house form numbers fill unit coverage notebooks pages soak environments wheel gpu clean
 
 book: .venv/ready
 	$(BIN)/python book/run_chapters.py
@@ -38,6 +38,10 @@ house:
 # What every chapter looks like: words, cells, lines of code, equations, where its sliders stand; fails above a limit.
 form:
 	$(PYTHON) tests/book_form.py
+
+# Numbers that a chapter's prose states and nothing on its page gives; of the book as it was last built.
+numbers:
+	$(PYTHON) tests/typed_numbers.py
 
 # What the book has from elsewhere: the first cell of every chapter, after a change of address, branch or version, and the
 # page of references.

@@ -96,7 +96,9 @@ def test_a_chapter_runs_and_its_explorer_moves(lab, browser):  # noqa: F811
     handle = explorer.locator(".noUi-handle").first
     handle.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("([e, was]) => e.innerText !== was", arg=[words.element_handle(), before[0]], timeout=120_000)
+    page.wait_for_function(
+        "([e, was]) => e.innerText !== was", arg=[words.element_handle(), before[0]], timeout=120_000
+    )
     assert picture.get_attribute("src") != before[1]
     words_box, picture_box = words.bounding_box(), picture.bounding_box()
     assert words_box["y"] < picture_box["y"] and picture_box["width"] <= 42 * 16
