@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 
 CHAPTERS = sorted((Path(__file__).resolve().parent.parent / "book").glob("[0-9]*.ipynb"))
-GOAL = {"words": 2500, "cells": 40, "longest": 35, "width": 84, "raw": 0}
-CEILINGS: dict[str, dict[str, int]] = {
-    "06": {"words": 3244, "cells": 55},
+GOAL = {"words": 2500, "cells": 40, "longest": 35, "width": 84, "raw": 0, "sliders": 0.5}
+CEILINGS: dict[str, dict[str, float]] = {
+    "06": {"words": 3244, "cells": 55, "sliders": 0.71},
 }
 # Directives, roles and targets: what only Jupyter Book understands.
 RAW = re.compile(r"^ *(?:`{3,}|:{3,}|~{3,})\{|\{[a-zA-Z][\w:+-]*\}`|^\([\w-]+\)=$", re.MULTILINE)
@@ -64,8 +64,11 @@ def read(chapter: Path) -> Form:
 def too_much(name: str, form: Form) -> Iterator[str]:
     """Say what of a chapter is above its limit."""
     for what, most in (GOAL | CEILINGS.get(name[:2], {})).items():
-        if getattr(form, what) > most:
-            yield f"{name}: {getattr(form, what):,} {what}, {most:,} are the most"
+        found = getattr(form, what)
+        if found is None:
+            yield f"{name}: no {what}"
+        elif found > most:
+            yield f"{name}: {what} {found:,.4g}, {most:,} at most"
 
 
 def main() -> int:
@@ -79,7 +82,7 @@ def main() -> int:
             f"{form.equations:10} {place:>11s} {form.raw:4}"
         )
         wrong += too_much(chapter.stem, form)
-    print(f"goal: at most {', '.join(f'{most:,} {what}' for what, most in GOAL.items())}; sliders in the first half")
+    print(f"goal: at most {', '.join(f'{what} {most:,}' for what, most in GOAL.items())}")
     print(*(wrong or ["No chapter is above its limits."]), sep="\n")
     return int(bool(wrong))
 

@@ -63,4 +63,7 @@ def test_code_is_measured_where_it_is_seen():
 def test_markup_that_only_jupyter_book_understands_is_found(text):
     notebook = {"cells": [cell("markdown", f"Before.\n\n{text}\n"), cell("code", "1")]}
     assert book_form.measure(notebook).raw == 1
-    assert list(book_form.too_much("a chapter", book_form.measure(notebook))) == ["a chapter: 1 raw, 0 are the most"]
+    assert list(book_form.too_much("a chapter", book_form.measure(notebook))) == [
+        "a chapter: raw 1, 0 at most",
+        "a chapter: no sliders",
+    ]
