@@ -126,5 +126,12 @@ def test_where_there_is_nothing_one_sentence_says_so(run_cell):
 
 
 def test_it_says_how_much_is_fetched():
-    runs = sum(path.stat().st_size for path in (ROOT / "book" / "runs").rglob("*") if path.is_file())
-    assert abs(runs / 1e6 - first_cell.MEGABYTES) < 0.15 * first_cell.MEGABYTES
+    """The archive of a branch or tag leaves out the weights: .gitattributes."""
+    packed = subprocess.run(["git", "archive", "--format=zip", "HEAD"], cwd=ROOT, capture_output=True)
+    if packed.returncode:
+        pytest.skip("this is no checkout with git")
+    assert abs(len(packed.stdout) / 1e6 - first_cell.MEGABYTES) < 0.6
+
+
+def test_the_package_fetches_weights_from_the_same_address():
+    assert f'Repository = "{first_cell.settings()[0]}"' in (ROOT / "pyproject.toml").read_text(), "make fill"

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MEGABYTES = 65  # what is fetched; nearly all of it are the stored runs
+MEGABYTES = 2  # what is fetched; a chapter that shows stored models fetches their weights, as it comes to them
 
 CELL = """\
 # @title Install the library where it is missing
@@ -34,10 +34,16 @@ if importlib.util.find_spec("sleepedu") is None:
     importlib.invalidate_caches()"""
 
 
-def first_cell() -> str:
-    """Return the cell's code."""
+def settings() -> tuple[str, str]:
+    """Return the repository's address, and the branch or tag."""
     config = (ROOT / "_config.yml").read_text()
     (url,), (tag,) = (re.findall(rf"^  {name}: (\S+)$", config, re.MULTILINE) for name in ("url", "branch"))
+    return url, tag
+
+
+def first_cell() -> str:
+    """Return the cell's code."""
+    url, tag = settings()
     (version,) = re.findall(r'"(.*)"', (ROOT / "sleepedu" / "_version.py").read_text())
     return CELL.format(url=url, tag=tag, version=version, megabytes=MEGABYTES)
 
@@ -53,3 +59,6 @@ def write(chapter: Path) -> None:
 if __name__ == "__main__":
     for chapter in sorted((ROOT / "book").glob("[0-9]*.ipynb")):
         write(chapter)
+    project = ROOT / "pyproject.toml"
+    repository = f'Repository = "{settings()[0]}"'
+    project.write_text(re.sub(r'^Repository = ".*"$', repository, project.read_text(), flags=re.M))

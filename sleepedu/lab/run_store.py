@@ -5,12 +5,14 @@ the provenance, with a checksum of all that and one of ``weights.pt``; ``load_ru
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy
 import torch
 
 from sleepedu import storage
+from sleepedu._version import __version__
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available, triton_is_available
 from sleepedu.intervals import Accuracy, Table
@@ -29,7 +32,7 @@ from sleepedu.training import History, TrainConfig
 
 VERSION = 1  # of the run format; a run of another version is refused
 PACKAGE = Path(__file__).resolve().parent.parent
-# An installed package brings the runs along; in a checkout they lie with the book.
+# An installed package brings the runs along, without their weights; in a checkout they lie with the book.
 COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
 OWN = Path("own_runs")
 
@@ -64,6 +67,8 @@ class Run:
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
         file = self.path / "weights.pt"
+        if not file.exists() and self.path.parent == COMMITTED:
+            file = fetched(self.name, self.weights)
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
         content = file.read_bytes()
@@ -84,6 +89,25 @@ class Run:
             "majority": round(sum(a.majority for a in self.table.values()) / len(self.table), 5),
             "depths": plain_table(self.table),
         }
+
+
+def fetched(run: str, checksum: str) -> Path:
+    """Return the file with a stored run's weights: from the repository at this version's tag, or as it is now; once.
+
+    The variable SLEEPEDU_RUNS names a folder to take them from instead. Raises FileNotFoundError where there are none.
+    """
+    if folder := os.environ.get("SLEEPEDU_RUNS"):
+        return Path(folder, run, "weights.pt")
+    import pooch  # in here, as who has the weights does not need it
+
+    cache, hash = pooch.os_cache("sleepedu"), f"sha256:{checksum}"
+    address = metadata("sleepedu")["Project-URL"].removeprefix("Repository, ")
+    for tag in (f"v{__version__}", "HEAD"):
+        with suppress(OSError, ValueError):  # not to be had, or not these
+            url = f"{address}/raw/{tag}/book/runs/{run}/weights.pt"
+            return Path(pooch.retrieve(url, hash, fname=f"{run}-{checksum[:8]}.pt", path=cache))
+    told = "check the network, or set SLEEPEDU_RUNS to a folder with the runs"
+    raise FileNotFoundError(f"the weights of {run} are neither here nor at {address}: {told}")
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Failed(Exception):
 def run(name: str, step: str, *command: str | Path, **variables: str) -> str:
     """Run a command from the environment's own folder or the checkout, keep what it says in a file, and return it."""
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SOAK")}
-    clean |= {"OMP_NUM_THREADS": "1"} | variables
+    clean |= {"OMP_NUM_THREADS": "1", "SLEEPEDU_RUNS": str(ROOT / "book" / "runs")} | variables
     where = ROOT if step in ("tests", "chapters") else FOLDER
     done = subprocess.run(list(map(str, command)), cwd=where, env=clean, stdout=-1, stderr=subprocess.STDOUT, text=True)
     log = FOLDER / f"{name}-{step}.log"
