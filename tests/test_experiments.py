@@ -249,6 +249,7 @@ def test_a_run_goes_on_from_the_weights_of_another(going_on, tiny_run, copy_of_r
     assert made.name == "graph-smoke-sleep-N3-gate-1steps-from-sleep-N2-4steps-seed0-seed1"
     assert made.settings == going_on.settings | {"trained_from": tiny_run.weights}
     assert made.row()["trained_from"] == tiny_run.name and tiny_run.row()["trained_from"] == ""
+    assert made.operations > tiny_run.operations > made.operations / 2, "with what it went on from"
     model = SleepLM(going_on.model_config)  # its gate is 0
     assert model.load_state_dict(tiny_run.load_model().state_dict(), strict=False).missing_keys == ["gate"]
     episode, passes = Batches(going_on.make_task(), going_on.train_config)[0]

@@ -60,9 +60,12 @@ class Run:
 
     @property
     def operations(self) -> int:
-        """The floating-point operations of its training, in the account of ``lab.compute``."""
+        """The floating-point operations of its training, and of what it went on from, as ``lab.compute`` counts."""
         training = TrainConfig(**_tuples(self.settings["train"]))
-        return training_operations(ModelConfig(**self.settings["model"]), self.make_task(), training)
+        own = training_operations(ModelConfig(**self.settings["model"]), self.make_task(), training)
+        if not (start := self.experiment.trained_from):
+            return own
+        return own + load_run(path if (path := self.path.parent / start).exists() else start).operations
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
