@@ -53,7 +53,7 @@ def test_prose_is_counted_without_code_formulas_and_citations():
 def test_code_is_measured_where_it_is_seen():
     cells = [cell("code", "1\n" * 3), cell("code", "2\n" * 50, "hide-input"), cell("code", "x = 10\nexplore(x)")]
     form = book_form.measure({"cells": [*cells, cell("markdown", "the end\n" * 5)]})
-    assert (form.cells, form.median, form.longest, form.width, form.sliders) == (4, 3, 3, 10, 53 / 60)
+    assert (form.cells, form.median, form.longest, form.width, form.sliders) == (4, 2.5, 3, 10, 53 / 60)
 
 
 @pytest.mark.parametrize(
