@@ -27,7 +27,7 @@ from sleepedu.lab.probes import probe_run
 from sleepedu.lab.run_store import COMMITTED, load_run
 from sleepedu.model import SleepLM
 from sleepedu.pictures import figures
-from sleepedu.pictures.explorer import small_png
+from sleepedu.pictures.explorer import small_picture
 from sleepedu.sleep_loop import sleep, wake
 from sleepedu.tasks.graph_retrieval import LETTERS
 from sleepedu.trace import SleepTrace
@@ -50,7 +50,7 @@ def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
     runs: as in ``script``. Raises ValueError as that does, and OSError; nothing is written for a run that is broken.
     """
     text = script(runs)
-    picture = small_png(still({run.settings["train"]["passes"]: run.load_model() for run in runs}))
+    picture = small_picture(still({run.settings["train"]["passes"]: run.load_model() for run in runs}))
     weights_path, picture_path = Path(directory, "weights.js"), Path(directory, "still.png")
     storage.write(weights_path, text.encode())
     storage.write(picture_path, picture)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sleepedu.intervals import Accuracy
 from sleepedu.pictures import draw_episode, figures
-from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_png
+from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_picture
 from sleepedu.tasks import CellularAutomaton
 from sleepedu.training import History
 
@@ -74,7 +74,7 @@ def test_the_page_holds_every_picture_and_its_words():
     assert len(set(data["frames"])) == 6
     (image,) = page.all("img")
     assert image["alt"] == describe(1, 1)
-    assert image["src"] == "data:image/png;base64," + data["frames"][0]
+    assert image["src"] == "data:image/webp;base64," + data["frames"][0]
     assert len(page.all("script")) == 2, "no words may end the script early"
 
 
@@ -135,7 +135,7 @@ def test_a_picture_has_few_colours_and_is_drawn_once():
     explorer.frame(2, 1)
     explorer.page()
     assert sorted(drawn) == [(1, 1), (2, 1)]
-    assert picture.format == "PNG" and 4 < len(picture.getcolors(1000)) <= 64
+    assert picture.format == "WEBP" and picture.width == 440 and 4 < len(picture.getcolors(1000)) <= 64
 
 
 def test_too_many_pictures_are_refused_before_any_is_drawn():
@@ -151,7 +151,7 @@ def test_too_many_pictures_are_refused_before_any_is_drawn():
 def test_pictures_that_are_too_large_are_refused(monkeypatch):
     explorer = explore(gradient, (1,), (1, 2), describe)
     size = sum(len(base64.b64encode(explorer.frame(1, depth))) for depth in (1, 2))
-    assert MOST_BYTES == 300_000
+    assert MOST_BYTES == 500_000
     monkeypatch.setattr("sleepedu.pictures.explorer.MOST_BYTES", size)
     explorer.page()
     monkeypatch.setattr("sleepedu.pictures.explorer.MOST_BYTES", size - 1)
@@ -214,7 +214,7 @@ def test_the_button_draws_the_next_example_at_the_sliders_present_values():
     before = picture.value
     button.click()
     assert (seed.value, words.value) == (6, "ring 6: N = 2, depth = 3")
-    assert picture.value == small_png(gradient(2 + 6, 3)) != before
+    assert picture.value == small_picture(gradient(2 + 6, 3)) != before
     button.click()
     assert (seed.value, words.value) == (7, "ring 7: N = 2, depth = 3")
 

@@ -78,8 +78,8 @@ RECIPES = {
     ("rule110", "held_out"): Recipe(
         {"cells": 20, "steps": (1, 2, 3, 4, 5, 6), "ask": "mixed", "held_out": 0.1},
         {"layout": "ag", "positions": 20},
-        {"steps": 5000, "batch": 64, "adam_learning_rate": 0.01},
-        learning_rates={8: 0.005},
+        {"steps": 6000, "batch": 64},
+        learning_rates={4: 0.005, 8: 0.005},
     ),
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},

@@ -23,7 +23,7 @@ from PIL import Image
 
 from sleepedu import checks
 
-MOST_FRAMES, MOST_BYTES = 40, 300_000
+MOST_FRAMES, MOST_BYTES = 40, 500_000
 STYLE = {"description_width": "initial"}
 PAGE = Template(Path(__file__).with_name("explorer.html").read_text(encoding="utf-8"))
 
@@ -38,7 +38,7 @@ class Explorer:
     seed: that of the present example; the first one is there already. Frames and page are of the present example.
     at: N and depth to open at, the first of both unless given. accuracy: the share of right answers over many examples
     by (N, depth), as a map whose cells can be chosen. Raises ValueError for empty sliders, more than 40 pictures or
-    300 kB of them, a seed outside 0..2^32 - 1, a new_example that cannot be called, or a cell that is not there.
+    500 kB of them, a seed outside 0..2^32 - 1, a new_example that cannot be called, or a cell that is not there.
     """
 
     draw: Callable[[Any, Any], Figure]
@@ -68,9 +68,9 @@ class Explorer:
                 raise ValueError(f"({n}, {depth}) is no cell: passes are {self.passes}, depths {self.depths}")
 
     def frame(self, n: int | str, depth: int | str) -> bytes:
-        """Return the picture for one N and depth as PNG with at most 64 colours."""
+        """Return the picture for one N and depth as WebP, of at most 64 colours."""
         if (n, depth) not in self._frames:
-            self._frames[n, depth] = small_png(self.draw(n, depth))
+            self._frames[n, depth] = small_picture(self.draw(n, depth))
         return self._frames[n, depth]
 
     def widget(self) -> ipywidgets.Widget:
@@ -84,7 +84,7 @@ class Explorer:
         ]
         seed = ipywidgets.BoundedIntText(self.seed, min=0, max=checks.MOST_SEED, description="Seed")
         button = ipywidgets.Button(description="New example")
-        words, picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout={"max_width": "100%"})
+        words, picture = ipywidgets.HTML(), ipywidgets.Image(format="webp", layout={"max_width": "100%"})
 
         def show() -> None:
             if seed.value != self.seed and self.new_example is not None:
@@ -93,6 +93,7 @@ class Explorer:
                 self.seed = seed.value
             n, depth = (slider.value for slider in sliders)
             picture.value, words.value = self.frame(n, depth), html.escape(self.describe(n, depth))
+            picture.layout.width = f"{Image.open(io.BytesIO(picture.value)).width // 2}px"
 
         def changed(_change: object) -> None:
             try:
@@ -166,9 +167,10 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def small_png(figure: Figure) -> bytes:
-    """Return a figure as a PNG of at most 64 colours."""
+def small_picture(figure: Figure, format: str = "webp") -> bytes:
+    """Return a figure as a picture of at most 64 colours, twice as large as it is shown: sharp on any screen."""
     raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png")
-    Image.open(raw).convert("RGB").quantize(64, kmeans=1).save(small, format="png", optimize=True)
+    figure.savefig(raw, format="png", dpi=2 * figure.dpi)
+    few = Image.open(raw).convert("RGB").quantize(64, kmeans=1)
+    few.convert("RGB").save(small, format=format, lossless=True, quality=100, method=6)
     return small.getvalue()
