@@ -85,15 +85,6 @@ def describe_page(app: Sphinx, pagename: str, templatename: str, context: dict, 
     )
 
 
-def mark_list_entries(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
-    """Give bibliography entries the role of what they are, entries of a list.
-
-    docutils writes doc-biblioentry, which ARIA has withdrawn: a screen reader would announce a list of nothing.
-    """
-    if "body" in context:
-        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
-
-
 def drop_needless_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
     """Keep each script once: the theme's thebe support writes its constants twice, which is an error in a browser.
 
@@ -138,7 +129,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", describe_page)
     app.connect("html-page-context", search_a_folder)
     app.connect("html-page-context", add_badge)
-    app.connect("html-page-context", mark_list_entries)
     app.connect("html-page-context", drop_needless_scripts, priority=900)
     app.connect("build-finished", finish_site)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
