@@ -50,7 +50,8 @@ def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
     runs: as in ``script``. Raises ValueError as that does, and OSError; nothing is written for a run that is broken.
     """
     text = script(runs)
-    picture = small_picture(still({run.settings["train"]["passes"]: run.load_model() for run in runs}))
+    models = {run.settings["train"]["passes"]: run.load_model() for run in runs}
+    picture = small_picture(still(models), "png")
     weights_path, picture_path = Path(directory, "weights.js"), Path(directory, "still.png")
     storage.write(weights_path, text.encode())
     storage.write(picture_path, picture)

@@ -171,6 +171,7 @@ def small_picture(figure: Figure, format: str = "webp") -> bytes:
     """Return a figure as a picture of at most 64 colours, twice as large as it is shown: sharp on any screen."""
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png", dpi=2 * figure.dpi)
-    few = Image.open(raw).convert("RGB").quantize(64, kmeans=1)
-    few.convert("RGB").save(small, format=format, lossless=True, quality=100, method=6)
+    few: Image.Image = Image.open(raw).convert("RGB").quantize(64, kmeans=1)
+    few = few.convert("RGB") if format == "webp" else few  # which knows no palettes
+    few.save(small, format=format, lossless=True, quality=100, method=6)
     return small.getvalue()
