@@ -19,7 +19,7 @@ CEILINGS: dict[str, dict[str, float]] = {
     "03": {"median": 17},
     "04": {"median": 15},
     "05": {"median": 11},
-    "06": {"words": 3244, "cells": 55, "sliders": 0.71, "median": 19},
+    "06": {"median": 15},
     "07": {"median": 13},
     "08": {"median": 21.5},
     "09": {"median": 15},
