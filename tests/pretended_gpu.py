@@ -37,7 +37,9 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 def load() -> None:
     """Compile and load what autograd asks for. Raises OSError or CalledProcessError where no C++ compiler works."""
     folder = Path(importlib.util.find_spec("torch").origin).parent
-    content = SOURCE.read_bytes() + Path(__file__).read_bytes() + importlib.metadata.version("torch").encode()
+    content = (
+        SOURCE.read_bytes() + Path(__file__).read_bytes() + f"{importlib.metadata.version('torch')} {folder}".encode()
+    )
     library = Path(tempfile.gettempdir(), f"pretended_gpu_{hashlib.sha256(content).hexdigest()[:16]}.so")
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")  # another process may be making it, too
