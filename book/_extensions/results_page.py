@@ -56,7 +56,7 @@ def results_table(runs: list[Run]) -> str:
             lines.append(row("best guess without reading", [f"<td>{task.floor:.3f}</td>"] * len(depths), [""] * 4))
         table = "\n".join(lines)
         told = f"Share of right answers by {task.depth_name}."
-        parts.append(f'## {name}, {size}\n\n{told}\n\n<table class="results">\n{table}\n</table>\n')
+        parts.append(f'## {name}, {size}\n\n{told}\n\n<table class="results" tabindex="0">\n{table}\n</table>\n')
     return "\n".join(parts)
 
 
