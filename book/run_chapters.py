@@ -1,8 +1,7 @@
 """Run all chapters afresh, several at once, into the cache the book is built from.
 
-On two cores this takes half the time that one after the other does. What a chapter
-prints depends on the library and the stored runs as well as on its code, so nothing
-that an earlier run left is used.
+A chapter keeps one core busy. What it prints depends on the library and the stored
+runs as well as on its code, so nothing that an earlier run left is used.
 """
 
 import logging

@@ -40,14 +40,14 @@ def load() -> None:
     content = (
         SOURCE.read_bytes() + Path(__file__).read_bytes() + f"{importlib.metadata.version('torch')} {folder}".encode()
     )
-    library = Path(tempfile.gettempdir(), f"pretended_gpu_{hashlib.sha256(content).hexdigest()[:16]}.so")
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")  # another process may be making it, too
+    shared = Path(tempfile.gettempdir(), f"pretended_gpu_{hashlib.sha256(content).hexdigest()[:16]}.so")
+    if not shared.exists():
+        made = shared.with_suffix(f".{os.getpid()}")  # another process may be making it, too
         how = ["-std=c++20", "-shared", "-fPIC", "-w", f"-I{folder}/include", SOURCE, "-o", made]
         libraries = [f"-L{folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}/lib"]
         subprocess.run([os.environ.get("CXX") or "g++", *how, *libraries], check=True, capture_output=True)
-        os.replace(made, library)
-    ctypes.CDLL(str(library))
+        os.replace(made, shared)
+    ctypes.CDLL(str(shared))
 
 
 if "torch" in sys.modules:
@@ -58,7 +58,7 @@ import torch
 import torch.amp.autocast_mode
 import torch.cuda.amp.common
 import torch.nn.functional as F
-from torch.library import Library
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -71,7 +71,7 @@ MAY_MIX = {"copy_", "_to_copy", *INDEXING}
 # copy; the rule's is two kernels.
 KERNELS = {"slice_backward": 2, "select_backward": 2, "gated_delta_backward": 2, "_unsafe_view": 0}
 # What CUDA has a kernel for and a CPU puts together; autograd asks whether there is one.
-ON_CUDA = Library("aten", "IMPL", "CUDA")
+ON_CUDA = library.Library("aten", "IMPL", "CUDA")
 for one in ("_fused_rms_norm", "silu_backward"):
     ON_CUDA.impl(one, lambda *_: None)
 

@@ -103,12 +103,12 @@ def fetched(run: str, checksum: str) -> Path:
         return Path(folder, run, "weights.pt")
     import pooch  # in here, as who has the weights does not need it
 
-    cache, hash = pooch.os_cache("sleepedu"), f"sha256:{checksum}"
+    cache, known = pooch.os_cache("sleepedu"), f"sha256:{checksum}"
     address = metadata("sleepedu")["Project-URL"].removeprefix("Repository, ")
     for tag in (f"v{__version__}", "HEAD"):
         with suppress(OSError, ValueError):  # not to be had, or not these
             url = f"{address}/raw/{tag}/book/runs/{run}/weights.pt"
-            return Path(pooch.retrieve(url, hash, fname=f"{run}-{checksum[:8]}.pt", path=cache))
+            return Path(pooch.retrieve(url, known, fname=f"{run}-{checksum[:8]}.pt", path=cache))
     told = "check the network, or set SLEEPEDU_RUNS to a folder with the runs"
     raise FileNotFoundError(f"the weights of {run} are neither here nor at {address}: {told}")
 
