@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, run_store
 from sleepedu.lab import results as tables
+from sleepedu.lab.together import run_together
 from sleepedu.pretrained import finetuning
 from sleepedu.progress import ProgressBar
 
@@ -34,6 +35,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--recompute": {"action": argparse.BooleanOptionalAction, "help": "less memory, a third more time; as the recipe"},
     "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
     "--seed": {"type": int, "help": "of the examples; another than the run's own"},
+    "--together": {"type": int, "default": 1, "help": "runs at once, of this seed and those after it; for a GPU"},
     "--threads": {"type": int, "default": 1, "help": "of the CPU; more are slower on a busy machine"},
 }
 
@@ -69,8 +71,13 @@ def train(options: argparse.Namespace) -> None:
     watch = None if options.quiet else ProgressBar()
     how = {"compile": options.compile, "recompute": options.recompute}
     experiment = _chosen(experiments.Experiment, options)
-    run = experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)
-    if run is not None:  # the first rank has it
+    checks.whole("together", options.together, least=1, most=1000)
+    if options.together > 1:
+        alike = [replace(experiment, seed=experiment.seed + more) for more in range(options.together)]
+        runs: list[Any] = run_together(alike, options.device, options.runs, watch, options.examples)
+    else:
+        runs = [experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)]
+    for run in filter(None, runs):  # of torchrun's ranks the first one has it
         print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
         depth_name = run.make_task().depth_name
         print(*tables.aligned([{depth_name: depth, **asdict(a)} for depth, a in run.table.items()]), sep="\n")
@@ -190,7 +197,15 @@ def _parser() -> argparse.ArgumentParser:
     here = ("--device", "--threads")
     how = ("--compile", "--recompute", "--quiet", "--examples", *here)
     own: dict[str, Any] = {"runs": run_store.OWN}
-    add(train, "train one run, or resume it, and store it", "--runs", *how, settings=experiments.Experiment, **own)
+    add(
+        train,
+        "train one run, or resume it, and store it",
+        "--runs",
+        "--together",
+        *how,
+        settings=experiments.Experiment,
+        **own,
+    )
     add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *here, run="*", seed=7)
     probed = ("--runs", "--json", "--threads")
     add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **own)

@@ -1,0 +1,344 @@
+"""Many runs of one shape at once, on a GPU: their weights lie side by side, and one step trains them all.
+
+A step of a small model is over before a GPU has really begun: six runs of the automaton with N = 4 take 5.0 ms a step
+on an H100, 24 of them 13, where one alone takes about as long as the six. So every seed and rate of a comparison is
+trained in one go. Each run is the one that ``train`` gives for its settings, up to rounding: the same first weights,
+batches, clipping and optimizers.
+
+Symbols: k models, b examples of each. As one batch they lie behind one another, model after model, (k b, l, ...).
+"""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sleepedu.evaluation import accuracy_by_depth, check_examples
+from sleepedu.fast import fast_rule
+from sleepedu.fast.compiling import can_compile, compiled_blocks
+from sleepedu.fast.precision import tf32
+from sleepedu.fast.recording import recorded
+from sleepedu.lab import run_store
+from sleepedu.lab.recipes import Experiment
+from sleepedu.lab.run_store import Run, find_device, load_run, save_run
+from sleepedu.layers import EPSILON, FastWeightMixer, RuleInputs, WindowCache
+from sleepedu.model import SleepLM
+from sleepedu.sleep_loop import run_episode, wake
+from sleepedu.tasks.base import UNSCORED, Episode
+from sleepedu.tasks.batches import Batches, majority_loss
+from sleepedu.training import History, TrainConfig
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the polynomial of torch's Muon, which takes one matrix at a time
+
+
+def run_together(
+    experiments: Sequence[Experiment],
+    device: str = "auto",
+    directory: Path | str = run_store.OWN,
+    watch: Callable[[History, TrainConfig], None] | None = None,
+    examples: int = 2000,
+) -> list[Run]:
+    """Train, evaluate and store runs that differ in seed and learning rate alone, all at once, and return them.
+
+    What ``directory`` holds already is not trained again. watch: is shown the history of the first one. There is no
+    checkpoint: what is interrupted begins anew. Large products are float32, in TF32 where a GPU has it. Raises
+    ValueError for experiments that differ otherwise, go on from others or ask for halves, and what ``run`` raises for a
+    device and examples.
+    """
+    check_examples(examples)
+    where, first = find_device(device), experiments[0]
+    for experiment in experiments:
+        if replace(experiment, seed=first.seed, learning_rate=first.learning_rate) != first or experiment.trained_from:
+            raise ValueError(
+                f"{experiment.name} cannot be trained together with {first.name}: only seed and rate differ"
+            )
+        if experiment.train_config.precision.endswith("16"):
+            raise ValueError(f"precision {experiment.precision!r} is for single runs: together they train in float32")
+    folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
+    new = [e for e in experiments if not _holds(folders[e.name], e)]
+    if new:
+        task, configs, models = first.make_task(), [e.train_config for e in new], []
+        for experiment in new:
+            torch.manual_seed(experiment.seed)
+            models.append(SleepLM(experiment.model_config))
+        streams = sorted({config.seed for config in configs})
+        batches = [batches_of(Batches(task, replace(configs[0], seed=seed))) for seed in streams]
+        data = {name: torch.stack([batch[name] for batch in batches]).to(where) for name in batches[0]}
+        own = [streams.index(config.seed) for config in configs]
+        compile = configs[0].steps >= 1000 and can_compile(where)
+        exact = where.type != "cuda" or configs[0].precision == "float32"
+        precision = "float32" if exact else "tf32"
+        with tf32(precision, where):
+            histories = train_together([m.to(where) for m in models], configs, data, own, compile, watch)
+        for experiment, model, history in zip(new, models, histories, strict=True):
+            history.tokens_per_step = experiment.train_config.batch * task.tokens_per_example
+            history.majority_loss = majority_loss(task)
+            table = accuracy_by_depth(model.eval(), task, experiment.passes, examples, seed=experiment.seed)
+            made = {"precision": precision, "compiled": compile, "recomputed": False, "ranks": 1, "together": len(new)}
+            save_run(folders[experiment.name], experiment, experiment.settings, model, history, table, made)
+    return [load_run(folder) for folder in folders.values()]
+
+
+def _holds(folder: Path, experiment: Experiment) -> bool:
+    return (folder / "run.json").exists() and load_run(folder).settings == experiment.settings
+
+
+def batches_of(batches: Batches) -> dict[str, Tensor]:
+    """Return all batches of a run: windows, prompt, targets (steps, b, ...) in int16, and passes, N, (steps,)."""
+    workers = os.cpu_count() or 1
+    loader = DataLoader(batches, None, sampler=range(batches.config.steps), num_workers=workers if workers > 2 else 0)
+    found: dict[str, list[Tensor]] = {name: [] for name in ("windows", "prompt", "targets", "passes")}
+    for episode, passes in loader:
+        for name, tensors in found.items():
+            tensors.append(torch.tensor(passes) if name == "passes" else getattr(episode, name).short())
+    return {name: torch.stack(tensors) for name, tensors in found.items()}
+
+
+def train_together(
+    models: Sequence[SleepLM],
+    configs: Sequence[TrainConfig],
+    data: dict[str, Tensor],
+    stream_of: Sequence[int],
+    compile: bool = False,
+    watch: Callable[[History, TrainConfig], None] | None = None,
+) -> list[History]:
+    """Train models of one shape, each as ``train`` would, and return the histories; seconds are those of all together.
+
+    configs: alike but in seed and rates. data: what ``batches_of`` gave, stacked over streams, where the models are;
+    stream_of: which of the streams is a model's own.
+    """
+    config, k, device = configs[0], len(models), data["prompt"].device
+    stacked = stack(models)
+    optimizers = Optimizers(stacked, configs)
+    step, own = torch.zeros(1, dtype=torch.long, device=device), torch.tensor(stream_of, device=device)
+    seen = torch.zeros(config.steps, k, 2, device=device)  # loss and share right
+    fewest, most = config.range_of_passes
+
+    def one_step() -> None:  # nothing in it is a number of the host's: it can be recorded, with the batch it takes
+        batch = {name: tensor.index_select(1, step)[:, 0][own].long() for name, tensor in data.items()}  # (k, b, ...)
+        passes = batch.pop("passes").repeat_interleave(config.batch)  # (k b,)
+        batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+        episode = Episode(**batch, depth=torch.zeros_like(batch["prompt"]))
+        logits = run_episode(stacked, episode, most) if fewest == most else answer(stacked, episode, most, passes)
+        loss, right = score(logits, episode.targets, k)
+        optimizers.step(torch.autograd.grad(loss.sum(), optimizers.parameters), step)
+        seen.index_copy_(0, step, torch.stack((loss.detach(), right), dim=-1)[None])
+        step.add_(1)
+
+    histories, every = [History() for _ in models], max(1, config.steps // 200)
+    with compiled_blocks(stacked) if compile else nullcontext():
+        take = rehearsed(one_step, [*optimizers.state, step]) if device.type == "cuda" else one_step
+        started, begin = time.perf_counter(), 0
+        for done in range(1, config.steps + 1):
+            take()
+            if not done % every or done == config.steps:
+                for history, (loss, right) in zip(histories, seen[begin:done].mean(0).tolist(), strict=True):
+                    history.add(done, loss, right, time.perf_counter() - started)
+                begin = done
+                if watch is not None:
+                    watch(histories[0], config)
+    for index, model in enumerate(models):
+        model.load_state_dict({name: tensor[index] for name, tensor in stacked.state_dict().items()})
+    return histories
+
+
+def rehearsed(function: Callable[[], None], changed: Sequence[Tensor]) -> Callable[[], None]:
+    """Record a function that changes these tensors, and put back what its rehearsals have changed."""
+    before = [tensor.detach().clone() for tensor in changed]
+    replay = recorded(function)
+    with torch.no_grad():
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+    return replay
+
+
+def answer(model: SleepLM, episode: Episode, most: int, passes: Tensor) -> Tensor:
+    """``run_episode`` where every example has its own N, ``passes`` (k b,), ``most`` at most."""
+    S = model.empty_fast_weights(len(episode))
+    for tokens in episode.windows.unbind(1):
+        h = embedding = model.embed(tokens)
+        for n in range(most):
+            h, after = model.blocks(model.carry(h, embedding) if n else h, S)
+            asleep = (n < passes)[:, None, None, None]
+            S = tuple(torch.where(asleep, new, old) for new, old in zip(after, S, strict=True))
+    return wake(model, episode.prompt, S)
+
+
+def score(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the loss (nats a scored token) and the share right of every model, (k,) each."""
+    count = (targets != UNSCORED).view(k, -1).sum(1).clamp(min=1)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED, reduction="none")
+    right = (logits.detach().argmax(-1) == targets).view(k, -1).sum(1)
+    return loss.view(k, -1).sum(1) / count, right / count
+
+
+class Optimizers:
+    """Muon and AdamW as ``training.make_optimizers`` has them, for k models with rates of their own."""
+
+    def __init__(self, model: SleepLM, configs: Sequence[TrainConfig]):
+        self.clip, self.weight_decay = configs[0].clip, configs[0].weight_decay
+        self.hidden: list[nn.Parameter] = []
+        self.rest: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            matrix = parameter.ndim == 3 and name.endswith("weight") and name.startswith(("layers.", "inject."))
+            (self.hidden if matrix and not any(part in name for part in model.not_hidden) else self.rest).append(
+                parameter
+            )
+        self.parameters = [*self.hidden, *self.rest]
+        # AdamW moves every number by itself, so it has all of them in one place, (k, numbers).
+        self.flat = torch.cat([parameter.detach().flatten(1) for parameter in self.rest], dim=1)
+        for parameter, part in zip(self.rest, self.flat.split([p[0].numel() for p in self.rest], dim=1), strict=True):
+            parameter.data = part.unflatten(1, parameter.shape[1:])
+        self.momentum = [torch.zeros_like(parameter) for parameter in self.hidden]
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.state = [*self.hidden, self.flat, *self.momentum, self.mean, self.square]
+        device, steps = self.flat.device, range(configs[0].steps)
+        self.muon_rate = torch.tensor([config.learning_rate for config in configs], device=device)[:, None, None]
+        self.adam_rate = torch.tensor([config.adam_learning_rate for config in configs], device=device)[:, None]
+        # For every step the share of the rate, and what the two running means lack of their beginning.
+        table = [(configs[0].rate(i), 1 - 0.9 ** (i + 1), math.sqrt(1 - 0.95 ** (i + 1))) for i in steps]
+        self.of_step = torch.tensor(table, device=device)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], step: Tensor) -> None:
+        """Clip the gradients of each model by its own norm, and move."""
+        share, mean_known, square_known = self.of_step.index_select(0, step)[0].unbind()
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()  # (k,)
+        scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
+        for parameter, g, momentum in zip(self.hidden, gradients, self.momentum, strict=False):
+            g = g * scale[:, None]
+            momentum.lerp_(g, 0.05)
+            rate, taller = self.muon_rate * share, math.sqrt(max(1, parameter.shape[1] / parameter.shape[2]))
+            update = orthogonal(g.lerp(momentum, 0.95)) * (rate * taller)
+            parameter.mul_(1 - rate * self.weight_decay).sub_(update)
+        g = torch.cat([g.flatten(1) for g in gradients[len(self.hidden) :]], dim=1) * scale
+        rate = self.adam_rate * share
+        self.mean.lerp_(g, 0.1)
+        self.square.mul_(0.95).addcmul_(g, g, value=0.05)
+        self.flat.mul_(1 - rate * self.weight_decay)
+        self.flat.sub_(rate / mean_known * self.mean / (self.square.sqrt() / square_known + 1e-8))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Return what torch's Muon makes of each of the matrices (k, m, n): nearly all its singular values 1."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+def stack(models: Sequence[SleepLM]) -> SleepLM:
+    """Return models of one shape as one, whose parameters are (k, ...); it takes batches of (k b) examples."""
+    stacked, weights = copy.deepcopy(models[0]), [dict(model.named_parameters()) for model in models]
+    found = {name: nn.Parameter(torch.stack([w[name].detach() for w in weights])) for name in weights[0]}
+    kinds: dict[type, type] = {nn.Linear: StackedLinear, nn.RMSNorm: StackedNorm, nn.Embedding: StackedEmbedding}
+    for path, module in list(stacked.named_modules()):
+        own = {name: found[f"{path}.{name}".lstrip(".")] for name, _ in module.named_parameters(recurse=False)}
+        if type(module) in kinds:
+            stacked.set_submodule(path, kinds[type(module)](**own))
+        else:  # of a mixer or the whole model, which become those below
+            module._parameters.update(own)
+            if isinstance(module, FastWeightMixer):
+                module.__class__ = StackedMixer
+    stacked.__class__ = StackedLM
+    return stacked
+
+
+def each(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x (k b, ..., c) by the weights of the model that each example belongs to, (k, c)."""
+    return (x.reshape(len(weight), -1, x.shape[-1]) * weight[:, None]).view(x.shape)
+
+
+class StackedLinear(nn.Module):
+    """K linear layers: weight (k, out, in), bias (k, out) or None; (k b, l, in) -> (k b, l, out)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.reshape(len(self.weight), -1, x.shape[-1]) @ self.weight.mT  # (k, b l, out)
+        y = y if self.bias is None else y + self.bias[:, None]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class StackedNorm(nn.Module):
+    """K RMSNorms: weight (k, w)."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return each(F.rms_norm(x, x.shape[-1:], eps=EPSILON), self.weight)
+
+
+class StackedEmbedding(nn.Module):
+    """K embeddings of a small vocabulary, weight (k, V, w), as a product: its gradient is one, too."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        words = torch.arange(self.weight.shape[1], device=tokens.device)
+        one_hot = (tokens[..., None] == words).to(self.weight.dtype)  # (k b, l, V)
+        h = one_hot.view(len(self.weight), -1, one_hot.shape[-1]) @ self.weight  # (k, b l, w)
+        return h.view(*tokens.shape, -1)
+
+
+class StackedMixer(FastWeightMixer):
+    """K fast-weight mixers: taps (k, convolution, c), decay_rate (k, heads), norm (k, value_size)."""
+
+    def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype)
+        o, S = fast_rule(self.rule, q, k, v, log_a, b, S)  # (k b, h, l, d)
+        o = each(F.rms_norm(rearrange(o, "b h l d -> b l h d"), o.shape[-1:], eps=EPSILON), self.norm)
+        return self.out(o.flatten(2) * F.silu(gate)), S
+
+    def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> RuleInputs:
+        mixed, gate = self.project(x).split((2 * self.keys + self.values, self.values), dim=-1)
+        qk, v = self.convolve(mixed).split((2 * self.keys, self.values), dim=-1)
+        qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
+        v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
+        forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (k b, l, h)
+        d = qk.shape[-1]
+        q, k = (F.rms_norm(qk, (d,), eps=EPSILON**2 / d) * d**-0.5).transpose(1, 2).chunk(2, dim=1)
+        log_a = -each(F.softplus(forget), self.decay_rate.exp()).mT  # (k b, h, l)
+        return RuleInputs(q, k, v, log_a, self.write_range * write.sigmoid().mT, gate)
+
+    def convolve(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
+        length, reach = x.shape[1], self.taps.shape[1] - 1
+        seen = F.pad(x, (0, 0, reach, 0))  # (k b, reach + l, c)
+        *taps, own = self.taps.unbind(1)
+        return F.silu(sum((each(seen[:, j : j + length], tap) for j, tap in enumerate(taps)), start=each(x, own)))
+
+
+class StackedLM(SleepLM):
+    """K models as one; what a ``SleepLM`` has for one, in layers that know the model an example belongs to."""
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        h = self.embedding(tokens)
+        if not self.config.positions:
+            return h
+        places = self.places[:, start : start + tokens.shape[1]]  # (k, l, w)
+        return (h.unflatten(0, (len(places), -1)) + places[:, None]).flatten(0, 1)
+
+    def carry(self, h: Tensor, embedding: Tensor) -> Tensor:
+        if self.config.carry == "gate":
+            return embedding + each(h - embedding, self.gate)
+        return super().carry(h, embedding)
