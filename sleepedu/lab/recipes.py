@@ -76,10 +76,11 @@ RECIPES = {
     ),
     # More rows than anyone learns by heart, a tenth of them never shown; every cell is asked at a t of its own.
     ("rule110", "held_out"): Recipe(
-        {"cells": 20, "steps": (1, 2, 3, 4, 5, 6), "ask": "mixed", "held_out": 0.1},
+        {"cells": 20, "steps": (1, 2, 3, 4, 5, 6, 7, 8), "ask": "mixed", "held_out": 0.1},
         {"layout": "ag", "positions": 20},
-        {"steps": 6000, "batch": 64},
-        learning_rates={4: 0.005, 8: 0.005},
+        {"steps": 10_000, "batch": 64},
+        learning_rates={1: 0.005, 2: 0.005, 8: 0.005},
+        control_steps={"longer": 2.682},
     ),
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
