@@ -3,8 +3,8 @@
     python tests/gpu_campaign.py --minutes 9 --out gpu_results [--only right calls step rule train]
 
 Every part is a process of its own, ends by itself and cannot stop the next; what it found lies in the output folder:
-the figures as JSON, as they are stored in book/runs/benchmark, and each finished run as an archive for book/runs. A
-training that the minutes do not suffice for leaves its checkpoint in such an archive, and goes on from there.
+the figures as JSON, as they are stored in book/runs/benchmark, and an archive of runs, for book/runs. A training that
+the minutes do not suffice for leaves its checkpoint there and goes on from it; several at once begin anew.
 """
 
 import argparse
@@ -26,8 +26,15 @@ PARTS = {  # the command, and the seconds it may take
     "rule": ([*MEASURE, "rule"], 150),  # most of it goes to the other library, which tries out its settings
     "train": ([], 600),
 }
-TRAINED = [["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)]
-TOGETHER = 2  # runs that share the GPU
+AUTOMATON = ["rule110", "--size", "held_out", "--together", "5"]
+TRAINED = [
+    [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
+    [*AUTOMATON, "--model", "deeper"],
+    [*AUTOMATON, "--model", "varied", "--passes", "8"],
+    [*AUTOMATON, "--model", "kept"],
+    *(["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)),
+]
+SHARING = 2  # commands that share the GPU
 
 
 def main() -> int:
@@ -66,10 +73,10 @@ def call(part: str, command: list[str], out: Path, most: float) -> bool:
 
 
 def train(chosen: argparse.Namespace, end: float) -> bool:
-    """Train one run after the other, two at a time, for as long as there is time; pack what there is of each."""
+    """Train one command after the other, two at a time, for as long as there is time; pack what there is."""
     runs, waiting, going, good = chosen.out / "runs", list(TRAINED), [], True
     while (waiting or going) and time.monotonic() < end - 10:
-        while waiting and len(going) < TOGETHER:
+        while waiting and len(going) < SHARING:
             command = [*LIBRARY, "train", *waiting.pop(0), "--device", chosen.device, "--runs", str(runs), "--quiet"]
             going.append(subprocess.Popen(command, **HERE))
         time.sleep(0.5)
@@ -81,9 +88,8 @@ def train(chosen: argparse.Namespace, end: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=60)
         process.kill()
-    for folder in sorted(runs.glob("*/")):
-        with tarfile.open(chosen.out / f"{folder.name}.tgz", "w:gz") as archive:
-            archive.add(folder, folder.name)
+    with tarfile.open(chosen.out / "runs.tgz", "w:gz") as archive:
+        archive.add(runs, "runs")
     return good and not waiting and not going
 
 
