@@ -73,7 +73,9 @@ def train(options: argparse.Namespace) -> None:
     experiment = _chosen(experiments.Experiment, options)
     checks.whole("together", options.together, least=1, most=1000)
     if options.together > 1:
-        alike = [replace(experiment, seed=experiment.seed + more) for more in range(options.together)]
+        seeds, start = range(experiment.seed, experiment.seed + options.together), experiment.trained_from
+        own = f"seed{experiment.seed}"  # each goes on from the run of its own seed
+        alike = [replace(experiment, seed=s, trained_from=start.replace(own, f"seed{s}")) for s in seeds]
         runs: list[Any] = run_together(alike, options.device, options.runs, watch, options.examples)
     else:
         runs = [experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)]

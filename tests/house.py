@@ -36,7 +36,8 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "lab/recipes",
     "lab/run_store",
     "lab/results",
-    "lab/experiments lab/together",
+    "lab/experiments",
+    "lab/together",
     "lab/benchmark lab/probes",
     "lab/__init__",
     "pretrained/blocks",
@@ -55,7 +56,7 @@ FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
 # Lines; what is fast has a naive form elsewhere, and nothing else needs what is pretrained.
-LIMITS = {"core": 1050, "all but fast": 4835, "fast": 690, "pretrained": 780}
+LIMITS = {"core": 1050, "all but fast": 4840, "fast": 690, "pretrained": 780}
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

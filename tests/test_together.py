@@ -8,7 +8,7 @@ import torch
 
 from sleepedu import SleepLM, train
 from sleepedu.__main__ import main
-from sleepedu.lab import run_store
+from sleepedu.lab import experiments, run_store
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.together import batches_of, run_together, train_together
 from sleepedu.tasks.batches import Batches
@@ -56,6 +56,19 @@ def test_they_are_stored_as_runs_and_not_trained_again(tmp_path):
     again = run_together([*chosen, replace(chosen[0], seed=5)], "cpu", tmp_path, examples=20)
     assert [run.provenance.get("together") for run in again] == [2, 2, 1]
     assert again[0] == runs[0] and len(run_store.stored_runs(tmp_path)) == 3
+
+
+def test_each_goes_on_from_a_run_of_its_own(tmp_path):
+    first = [Experiment("graph", "smoke", seed=seed, steps=4) for seed in (0, 1)]
+    started = run_together(first, "cpu", tmp_path, examples=10)
+    more = [
+        Experiment("graph", "smoke", passes=2, carry="gate", seed=e.seed, steps=3, trained_from=e.name) for e in first
+    ]
+    for run, start, experiment in zip(run_together(more, "cpu", tmp_path, examples=10), started, more, strict=True):
+        assert run.settings["trained_from"] == start.weights and run.experiment == experiment
+        alone = experiments.run(experiment, "cpu", tmp_path / "alone", examples=10, starts=tmp_path)
+        assert alone.settings == run.settings and run.operations > start.operations
+        assert run.history.loss == pytest.approx(alone.history.loss, abs=1e-3)
 
 
 @pytest.mark.parametrize("other", [{"passes": 2}, {"task": "math"}, {"precision": "float32"}, {"steps": 2}])

@@ -29,6 +29,7 @@ from sleepedu.fast.compiling import can_compile, compiled_blocks
 from sleepedu.fast.precision import tf32
 from sleepedu.fast.recording import recorded
 from sleepedu.lab import run_store
+from sleepedu.lab.experiments import begin
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
 from sleepedu.layers import EPSILON, FastWeightMixer, RuleInputs, WindowCache
@@ -48,29 +49,32 @@ def run_together(
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 2000,
 ) -> list[Run]:
-    """Train, evaluate and store runs that differ in seed and learning rate alone, all at once, and return them.
+    """Train, evaluate and store runs that differ in seed, learning rate and the run they go on from, all at once.
 
     What ``directory`` holds already is not trained again. watch: is shown the history of the first one. There is no
     checkpoint: what is interrupted begins anew. Large products are float32, in TF32 where a GPU has it. Raises
-    ValueError for experiments that differ otherwise, go on from others or ask for halves, and what ``run`` raises for a
-    device and examples.
+    ValueError for experiments that differ otherwise or ask for halves, and what ``run`` raises for a device, examples
+    and a run to go on from.
     """
     check_examples(examples)
     where, first = find_device(device), experiments[0]
     for experiment in experiments:
-        if replace(experiment, seed=first.seed, learning_rate=first.learning_rate) != first or experiment.trained_from:
+        may = {name: getattr(experiment, name) for name in ("seed", "learning_rate", "trained_from")}
+        if replace(first, **may) != experiment:
             raise ValueError(
                 f"{experiment.name} cannot be trained together with {first.name}: only seed and rate differ"
             )
         if experiment.train_config.precision.endswith("16"):
             raise ValueError(f"precision {experiment.precision!r} is for single runs: together they train in float32")
     folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
-    new = [e for e in experiments if not _holds(folders[e.name], e)]
+    begun = {experiment.name: begin(experiment, directory) for experiment in experiments}  # settings and weights
+    new = [e for e in experiments if not _holds(folders[e.name], begun[e.name][0])]
     if new:
         task, configs, models = first.make_task(), [e.train_config for e in new], []
         for experiment in new:
             torch.manual_seed(experiment.seed)
             models.append(SleepLM(experiment.model_config))
+            models[-1].load_state_dict(begun[experiment.name][1], strict=False)
         streams = sorted({config.seed for config in configs})
         batches = [batches_of(Batches(task, replace(configs[0], seed=seed))) for seed in streams]
         data = {name: torch.stack([batch[name] for batch in batches]).to(where) for name in batches[0]}
@@ -85,12 +89,12 @@ def run_together(
             history.majority_loss = majority_loss(task)
             table = accuracy_by_depth(model.eval(), task, experiment.passes, examples, seed=experiment.seed)
             made = {"precision": precision, "compiled": compile, "recomputed": False, "ranks": 1, "together": len(new)}
-            save_run(folders[experiment.name], experiment, experiment.settings, model, history, table, made)
+            save_run(folders[experiment.name], experiment, begun[experiment.name][0], model, history, table, made)
     return [load_run(folder) for folder in folders.values()]
 
 
-def _holds(folder: Path, experiment: Experiment) -> bool:
-    return (folder / "run.json").exists() and load_run(folder).settings == experiment.settings
+def _holds(folder: Path, settings: dict) -> bool:
+    return (folder / "run.json").exists() and load_run(folder).settings == settings
 
 
 def batches_of(batches: Batches) -> dict[str, Tensor]:
