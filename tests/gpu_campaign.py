@@ -32,6 +32,11 @@ TRAINED = [
     [*AUTOMATON, "--model", "deeper"],
     [*AUTOMATON, "--model", "varied", "--passes", "8"],
     [*AUTOMATON, "--model", "kept"],
+    # A trained model learns to sleep: from N = 1 on with N = 4, through a gate or as it is, and with N = 1.
+    *(
+        ["math", "--together", "5", "--learning-rate", "0.005", "--trained-from", "math-laptop-sleep-N1-seed0", *how]
+        for how in (["--passes", "4", "--carry", "gate"], ["--passes", "4"], ["--passes", "1"])
+    ),
     *(["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)),
 ]
 SHARING = 2  # commands that share the GPU
