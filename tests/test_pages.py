@@ -1,6 +1,7 @@
 """The built book, opened from disk in a real browser with the network cut."""
 
 import gzip
+import io
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import live_model as live
 import print_book
 import pytest
 import torch
+from PIL import Image
 from test_live import read_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,6 +240,20 @@ def test_the_automated_check_finds_barriers_where_there_are_some(browser):
         for barrier in BARRIERS.values():
             page.evaluate(barrier)
         assert violations(page).keys() == BARRIERS.keys()
+
+
+def test_in_the_dark_a_figure_stands_on_the_page_itself(browser):
+    with opened(browser, CHAPTERS[4]) as page:
+        corners = {}
+        for theme in ("light", "dark"):
+            show(page, theme, 1200)
+            box = page.locator('.bd-content img[src*="_images/"]').first
+            box.scroll_into_view_if_needed()
+            drawn = Image.open(io.BytesIO(box.screenshot())).convert("RGB")
+            corners[theme] = drawn.getpixel((3, 3)), drawn.getpixel((drawn.width - 4, drawn.height - 4))
+            ground = re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            assert corners[theme] == (tuple(map(int, ground[:3])),) * 2
+        assert min(corners["light"][0]) > 250 and max(corners["dark"][0]) < 40
 
 
 @pytest.mark.parametrize("menu", ["primary", "secondary"])
