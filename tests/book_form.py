@@ -12,34 +12,24 @@ from pathlib import Path
 from statistics import median
 
 CHAPTERS = sorted((Path(__file__).resolve().parent.parent / "book").glob("[0-9]*.ipynb"))
-GOAL = {"words": 2500, "cells": 40, "longest": 35, "width": 84, "raw": 0, "sliders": 0.5, "median": 10}
-CEILINGS: dict[str, dict[str, float]] = {
-    "01": {"median": 12},
-    "02": {"median": 16},
-    "03": {"median": 17},
-    "04": {"median": 15},
-    "05": {"median": 11},
-    "06": {"median": 15},
-    "07": {"median": 13},
-    "08": {"median": 21.5},
-    "09": {"median": 15},
-    "10": {"median": 19},
-    "11": {"median": 13},
-    "12": {"median": 16},
-    "13": {"median": 13.5},
+GOAL = {
+    **{"words": 2500, "cells": 40, "longest": 35, "folded": 35, "width": 84},
+    **{"raw": 0, "sliders": 0.5, "median": 10},
 }
+CEILINGS: dict[str, dict[str, float]] = {"06": {"median": 15}, "12": {"median": 16}}
 # Directives, roles and targets: what only Jupyter Book understands.
 RAW = re.compile(r"^ *(?:`{3,}|:{3,}|~{3,})\{|\{[a-zA-Z][\w:+-]*\}`|^\([\w-]+\)=$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is counted in a chapter, lines and characters of code; `median` and `longest` leave out what is folded."""
+    """What is counted in a chapter: `median` and `longest` are lines of code that is shown, `folded` of the rest."""
 
     words: int
     cells: int
     median: float
     longest: int
+    folded: int
     width: int
     equations: int
     sliders: float | None  # the share of the chapter's lines that stand above them; None without any
@@ -54,6 +44,7 @@ def measure(notebook: dict) -> Form:
     spoken = re.sub(unsaid, " ", prose, flags=re.MULTILINE | re.DOTALL)
     code = [(text.splitlines(), metadata.get("tags", [])) for kind, text, metadata in cells if kind == "code"]
     shown = [len(lines) for lines, tags in code if not {"hide-input", "hide-cell"} & set(tags)]
+    folded = [len(lines) for lines, tags in code if {"hide-input", "hide-cell"} & set(tags)]
     lines = [len(text.splitlines()) for _, text, _ in cells]
     sliders = [i for i, (kind, text, _) in enumerate(cells) if kind == "code" and re.search(r"^explore\(", text, re.M)]
     return Form(
@@ -61,6 +52,7 @@ def measure(notebook: dict) -> Form:
         cells=len(cells),
         median=median(shown),
         longest=max(shown),
+        folded=max(folded, default=0),
         width=max(len(line) for lines, _ in code for line in lines),
         equations=len(re.findall(r"\$\$.+?\$\$", prose, flags=re.DOTALL)),
         sliders=sum(lines[: sliders[0]]) / sum(lines) if sliders else None,
@@ -84,14 +76,14 @@ def too_much(name: str, form: Form) -> Iterator[str]:
 
 
 def main() -> int:
-    print("chapter                    words  cells  median  longest  width  equations  sliders at  raw")
+    print("chapter                    words  cells  median  longest  folded  width  equations  sliders at  raw")
     wrong = []
     for chapter in CHAPTERS:
         form = read(chapter)
         place = "none" if form.sliders is None else f"{form.sliders:.0%}"
         print(
-            f"{chapter.stem:26s} {form.words:5,} {form.cells:6} {form.median:7g} {form.longest:8} {form.width:6} "
-            f"{form.equations:10} {place:>11s} {form.raw:4}"
+            f"{chapter.stem:26s} {form.words:5,} {form.cells:6} {form.median:7g} {form.longest:8} {form.folded:7} "
+            f"{form.width:6} {form.equations:10} {place:>11s} {form.raw:4}"
         )
         wrong += too_much(chapter.stem, form)
     print(f"goal: at most {', '.join(f'{what} {most:,}' for what, most in GOAL.items())}")

@@ -53,7 +53,12 @@ def test_prose_is_counted_without_code_formulas_and_citations():
 def test_code_is_measured_where_it_is_seen():
     cells = [cell("code", "1\n" * 3), cell("code", "2\n" * 50, "hide-input"), cell("code", "x = 10\nexplore(x)")]
     form = book_form.measure({"cells": [*cells, cell("markdown", "the end\n" * 5)]})
-    assert (form.cells, form.median, form.longest, form.width, form.sliders) == (4, 2.5, 3, 10, 53 / 60)
+    assert (form.cells, form.median, form.longest, form.folded) == (4, 2.5, 3, 50)
+    assert (form.width, form.sliders) == (10, 53 / 60)
+    assert list(book_form.too_much("a chapter", form)) == [
+        "a chapter: folded 50, 35 at most",
+        "a chapter: sliders 0.8833, 0.5 at most",
+    ]
 
 
 @pytest.mark.parametrize(

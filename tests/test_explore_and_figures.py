@@ -1,4 +1,4 @@
-"""The explorer's page and widget, and that every figure shows the numbers it was given."""
+"""The explorer's page and widget, and that every figure and table shows what it was given."""
 
 import base64
 import io
@@ -11,11 +11,12 @@ import matplotlib.pyplot as plt
 import numpy
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sleepedu.intervals import Accuracy
-from sleepedu.pictures import draw_episode, figures
+from sleepedu.pictures import draw_episode, figures, show_table
 from sleepedu.pictures.explorer import MOST_BYTES, MOST_FRAMES, explore, small_picture
 from sleepedu.tasks import CellularAutomaton
 from sleepedu.training import History
@@ -429,3 +430,66 @@ def test_the_style_stays_in_the_figure():
         assert axes.shape == (2, 2)
     assert dict(plt.rcParams) == before
     assert figure.get_size_inches().tolist() == [6.4, 3.8]
+
+
+# Tables
+
+
+def shown(*rows, **how):
+    """What a notebook would get of a table: the page, cell by cell, and the text."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sleepedu.pictures.tables.display", found.append)
+        show_table(*rows, **how)
+    data, _ = DisplayFormatter().format(*found)
+    cells = re.findall(r'<(t[hd]) style="text-align: (\w+)">(.*?)</t[hd]>', data["text/html"])
+    width = len(rows[0])
+    return [cells[i : i + width] for i in range(0, len(cells), width)], data["text/plain"], data["text/html"]
+
+
+def test_a_table_has_numbers_alike_and_to_the_right():
+    rows = [["N=1", 0.12345, 12000, Accuracy(0.5, 0.25, 0.75, 9)], ["a & b", 1.0, -3, ""]]
+    page, text, html = shown(["", "seconds", "steps", "right"], *rows, caption="x < y")
+    assert page[0] == [
+        *[("td", "left", ""), ("th", "right", "seconds")],
+        *[("th", "right", "steps"), ("th", "right", "right")],
+    ]
+    assert page[1] == [
+        *[("th", "left", "N=1"), ("td", "right", "0.123")],
+        *[("td", "right", "12,000"), ("td", "right", "50 (25, 75)")],
+    ]
+    assert page[2] == [
+        *[("th", "left", "a &amp; b"), ("td", "right", "1")],
+        *[("td", "right", "-3"), ("td", "right", "")],
+    ]
+    assert "<caption>x &lt; y</caption>" in html and html.count("<thead>") == html.count("<tbody>") == 1
+    assert text.splitlines() == [
+        "x < y",
+        "       seconds   steps        right",
+        "N=1      0.123  12,000  50 (25, 75)",
+        "a & b        1      -3",
+    ]
+
+
+def test_words_in_a_column_put_it_to_the_left():
+    page, text, html = shown(["N", "what"], [1, "ahead"], [2, 1234.5])
+    assert [[side for _, side, _ in row] for row in page] == [["right", "left"]] * 3
+    assert text == "N  what\n1  ahead\n2  1,234" and "<caption>" not in html
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "there is nothing to show: no row beneath ['a', 'b']"),
+        ([[1, 2], [3]], "a row must have a cell for each of ['a', 'b'], got [3]"),
+        (["ab"], "a row must have a cell for each of ['a', 'b'], got 'ab'"),
+    ],
+)
+def test_a_table_whose_rows_do_not_fit_is_refused(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        show_table(["a", "b"], *rows)
+
+
+def test_a_table_outside_a_notebook_is_text(capsys):
+    show_table(["N", "right"], [1, "29%"])
+    assert capsys.readouterr().out == "N  right\n1    29%\n"

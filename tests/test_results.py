@@ -46,6 +46,9 @@ def test_words_say_at_which_depths_one_kind_is_ahead():
 
     one, other = kind((0.9, 0.1), (0.8, 0.9)), kind((0.5, 0.9), (0.41, 0.1), (0.9, 0.9))
     assert results.in_words(one, other) == {"ahead (2 seeds)": [1], "not told apart (2 seeds)": [2]}
+    one = kind((0.1, 0.9, 0.1, 0.1), (0.9, 0.8, 0.9, 0.9))
+    other = kind((0.9, 0.5, 0.9, 0.9), (0.1, 0.41, 0.1, 0.1))
+    assert results.in_a_line(one, other) == "not told apart (2 seeds) at 1, 3–4; ahead (2 seeds) at 2"
 
 
 @pytest.mark.parametrize("form", [results_page.results_table, lambda runs: "\n".join(results.lines(runs))])

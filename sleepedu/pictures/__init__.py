@@ -1,6 +1,7 @@
-"""The pictures: figures, drawn episodes, the explorer with its sliders, the live model of the first page."""
+"""The pictures: figures, drawn episodes, tables, the explorer with its sliders, the live model of the first page."""
 
 from sleepedu.pictures.examples import draw_episode
 from sleepedu.pictures.explorer import explore
+from sleepedu.pictures.tables import show_table
 
-__all__ = ["draw_episode", "explore"]
+__all__ = ["draw_episode", "explore", "show_table"]
