@@ -4,8 +4,9 @@ Attention keeps every token for as long as the window lasts, fast weights a matr
 sequence lasts. Symbols: b batch, l tokens, w width, h heads, d size of a head.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sleepedu.fast import fast_rule
+from sleepedu.fast.operator import ShortConvolution
 
 EPSILON = 1e-6  # keeps a vector of zeros from being divided by its length, 0
 
@@ -41,9 +43,9 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
         seen = 0 if cache is None or cache.keys is None else cache.keys.shape[2]
-        qk, v = self.project(x).split((2 * x.shape[-1], x.shape[-1]), dim=-1)  # (b, l, 2 w), (b, l, w)
-        q, k = rotate(rearrange(qk, "b l (two h d) -> two b h l d", two=2, h=self.heads), start=seen)  # (b, h, l, d)
-        v = rearrange(v, "b l (h d) -> b h l d", h=self.heads)  # (b, h, l, d)
+        qk, v = self.project(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
+        qk = rotate(qk.transpose(1, 2), start=seen).transpose(1, 2)  # (b, l, 2 h, d)
+        q, k, v = (each.transpose(1, 2) for each in (*qk.chunk(2, dim=2), v))  # (b, h, l, d)
         mask = None
         if cache is not None:
             if cache.keys is not None and cache.values is not None:
@@ -93,8 +95,7 @@ class FastWeightMixer(nn.Module):
         with torch.no_grad():
             self.taps[-1] = 1.0  # at first a token sees itself alone
             self.gates.weight.mul_(0.1)
-            self.gates.bias[:heads] = -4.0  # dt: forget about 2% a token at first
-            self.gates.bias[heads:] = 0.0
+            self.gates.bias.zero_()[:heads] = -4.0  # dt: forget about 2% a token at first
 
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype, cache)
@@ -110,24 +111,21 @@ class FastWeightMixer(nn.Module):
         qk, v = self.convolve(mixed, cache).split((2 * self.keys, self.values), dim=-1)
         qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
         v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
-        forget, write = self.gates(x).to(dtype).mT.chunk(2, dim=1)  # (b, h, l)
+        forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (b, l, h)
         d = qk.shape[-1]  # a vector of unit length has a mean square of 1 / d
-        q, k = (F.rms_norm(qk, (d,), eps=EPSILON**2 / d) * d**-0.5).transpose(1, 2).chunk(2, dim=1)  # (b, h, l, d)
-        log_a = -self.decay_rate.exp()[:, None] * F.softplus(forget)  # (b, h, l)
-        return RuleInputs(q, k, v, log_a, self.write_range * write.sigmoid(), gate)
+        q, k = F.rms_norm(qk, (d,), qk.new_full((d,), d**-0.5), EPSILON**2 / d).chunk(2, dim=2)  # (b, l, h, d)
+        log_a, b = -self.decay_rate.exp() * F.softplus(forget), self.write_range * write.sigmoid()  # (b, l, h)
+        return RuleInputs(q.transpose(1, 2), k.transpose(1, 2), v, log_a.mT, b.mT, gate)
 
     def convolve(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
-        """Mix every channel of x (b, l, c) with its last few tokens, then SiLU; a window starts with nothing before it.
-
-        y_t = SiLU(sum_j taps[-1 - j] x_(t-j)), where x is zero before the first token.
-        """
-        length, reach = x.shape[1], len(self.taps) - 1
-        tail = x.new_zeros(len(x), reach, x.shape[2]) if cache is None or cache.tail is None else cache.tail
+        """Return SiLU(sum_j taps[-1 - j] x_(t-j)) of x (b, l, c), where x is zero before the window's first token."""
+        if cache is None:
+            return F.silu(ShortConvolution.apply(x, self.taps))
+        reach = len(self.taps) - 1
+        tail = x.new_zeros(len(x), reach, x.shape[2]) if cache.tail is None else cache.tail
         seen = torch.cat((tail, x), dim=1)  # (b, reach + l, c)
-        if cache is not None:
-            cache.tail = seen[:, length:]  # (b, reach, c)
-        *taps, own = self.taps  # of the token most steps back first
-        return F.silu(sum((seen[:, j : j + length] * tap for j, tap in enumerate(taps)), start=x * own))
+        cache.tail = seen[:, x.shape[1] :]  # (b, reach, c)
+        return F.silu(ShortConvolution.apply(seen, self.taps)[:, reach:])
 
 
 class SwiGLU(nn.Module):
@@ -156,19 +154,22 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, S: Tensor | None, cache: WindowCache | None = None) -> tuple[Tensor, Tensor | None]:
         x = self.mixer_norm(h)  # (b, l, w)
-        if self.has_fast_weights:
-            mixed, S = self.mixer(x, S, cache)  # (b, l, w), (b, heads, d_v, d_k)
-        else:
-            mixed = self.mixer(x, cache)  # (b, l, w)
-        h = h + mixed
+        mixed, S = self.mixer(x, S, cache) if self.has_fast_weights else (self.mixer(x, cache), S)
+        h = h + mixed  # (b, l, w)
         return h + self.mlp(self.mlp_norm(h)), S
 
 
 def rotate(x: Tensor, start: int) -> Tensor:
     """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
-    length, half = x.shape[-2], x.shape[-1] // 2
-    whole = torch.promote_types(x.dtype, torch.float32)
-    frequency = torch.logspace(0, 4 / half - 4, half, device=x.device, dtype=whole)  # 10,000^(-i / half)
-    angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (l, half)
-    angle = torch.cat((-angle, angle), dim=-1)  # (l, size): of the halves of x, whose partner is the other half
-    return x * angle.cos().to(x.dtype) + x.roll(half, dims=-1) * angle.sin().to(x.dtype)
+    kept = x.requires_grad and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    cos, sin = (angles if kept else angles.__wrapped__)(*x.shape[-2:], start, x.device, x.dtype, type(x))  # (l, size)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+@functools.lru_cache(8)  # all passes of a training step turn by the same angles
+def angles(length: int, size: int, start: int, device: Any, dtype: Any, kind: type) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine (length, size) of -t f_i in one half and t f_i in the other, for every position t."""
+    whole = torch.promote_types(dtype, torch.float32)
+    frequency = torch.logspace(0, 8 / size - 4, size // 2, device=device, dtype=whole)  # f_i = 10,000^(-2 i / size)
+    angle = torch.arange(start, start + length, device=device)[:, None] * torch.cat((-frequency, frequency))
+    return angle.cos().to(dtype), angle.sin().to(dtype)

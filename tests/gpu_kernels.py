@@ -40,9 +40,9 @@ def inputs(batch: int, heads: int, length: int, d_k: int, d_v: int, strongest: f
 
 def by_kernels(q, k, v, log_a, b, S, do, dS):
     o, w, S_end = operator.results_of(q, k, v, log_a, b, S)
-    gpu.forward(q, k, v, log_a.exp(), b, S, o, w, S_end)
+    gpu.forward(q, k, v, log_a, b, S, o, w, S_end)
     gradients = operator.gradients_of(q, k, v, log_a, b, S, w, do, dS)
-    gpu.backward(q, k, v, log_a.exp(), b, S, w, do, dS, *gradients)
+    gpu.backward(q, k, v, log_a, b, S, w, do, dS, *gradients)
     return o, S_end, *gradients
 
 

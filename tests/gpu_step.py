@@ -30,7 +30,7 @@ PRECISIONS = ("float32", "bfloat16")
 FAULTS = {
     "wait": (training, "score", "logits.flatten(0, 1), episode.targets.flatten()",
              "logits[episode.asked], episode.targets[episode.asked]"),
-    "device": (layers, "rotate", "torch.arange(start, start + length, device=x.device)",
+    "device": (layers, "angles", "torch.arange(start, start + length, device=device)",
                "torch.arange(start, start + length)"),
     "nan": (training, "training_step", "not norm.isfinite()", "False"),
 }  # fmt: skip

@@ -4,9 +4,9 @@ Where a rule corrects what is stored that is C++ on a CPU (``cpp``) and Triton o
 ``compiling`` has what else makes a training step faster, ``precision`` the numbers that it computes in.
 """
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -37,10 +37,8 @@ def gated_delta_fast(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, 
     Raises ValueError as the rules do; its gradient MemoryError where a CPU has no memory for S after each token.
     """
     check_inputs(q, k, v, log_a, b, S)
-    multiple = operator.MULTIPLES.get(q.shape[-1])
-    if multiple is not None and q.is_cuda:
-        multiple = operator.ON_A_GPU
-    fits = multiple is not None and v.shape[-1] % multiple == 0 and q.dtype == torch.float32
+    multiple = operator.ON_A_GPU if q.is_cuda else operator.MULTIPLES.get(q.shape[-1], 1)
+    fits = q.shape[-1] in operator.MULTIPLES and v.shape[-1] % multiple == 0 and q.dtype == torch.float32
     available = {"cpu": cpp_is_available, "cuda": triton_is_available, "meta": lambda: _shapes}.get(q.device.type)
     if fits and available is not None and not torch._C._are_functorch_transforms_active() and available():
         return operator.GatedDelta.apply(q, k, v, log_a, b, S)
@@ -60,13 +58,6 @@ def triton_is_available() -> bool:
     return _triton
 
 
-@contextlib.contextmanager
-def without_compiled_rule() -> Iterator[None]:
-    """Do without the rule in C++ and in Triton meanwhile: it runs in chunks."""
-    global _cpp, _triton, _shapes
-    before = _cpp, _triton, _shapes
-    _cpp = _triton = _shapes = False
-    try:
-        yield
-    finally:
-        _cpp, _triton, _shapes = before
+def without_compiled_rule() -> Any:
+    """Return a context in which the rule does without C++ and Triton: it runs in chunks."""
+    return patch.multiple(__name__, _cpp=False, _triton=False, _shapes=False)

@@ -39,14 +39,14 @@ def compiled_code() -> ctypes.CDLL | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, *found: Tensor) -> None:
+def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, *found: Tensor) -> None:
     """Compute o, w and S after the last token into ``found``."""
-    _call("gated_delta_forward", q, k, v, a, b, S, *found)
+    _call("gated_delta_forward", q, k, v, log_a.exp(), b, S, *found)
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, w: Tensor, *others: Tensor) -> None:
-    """Compute the six gradients into the last of ``others``, which begin with the gradients of o and S."""
-    if _call("gated_delta_backward", q, k, v, a, b, S, w, *others):
+def backward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, *others: Tensor) -> None:
+    """Compute the six gradients into the last of ``others``, which begin with w and the gradients of o and S."""
+    if _call("gated_delta_backward", q, k, v, log_a.exp(), b, S, *others):
         raise MemoryError(f"there is no memory for S after each of {q.shape[2]:,} tokens: take a shorter window")
 
 

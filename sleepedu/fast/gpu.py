@@ -26,13 +26,13 @@ ROWS, NUMBERS = 64, 4096  # of S that a program takes at most; other programs ta
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def forward_kernel(
-    q, k, v, a, b, S, o, w, S_end, length, heads, q_next, k_next, v_next, a_next, b_next,
+    q, k, v, log_a, b, S, o, w, S_end, length, heads, q_next, k_next, v_next, a_next, b_next,
     D_K: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     head, first = n % heads, n // heads * length
     q, k, v = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K), there(v, first, v_next, head, D_V)
-    a, b = there(a, first, a_next, head, 1), there(b, first, b_next, head, 1)
+    log_a, b = there(log_a, first, a_next, head, 1), there(b, first, b_next, head, 1)
     o, w = there(o, first, heads * D_V, head, D_V), there(w, first, heads * D_V, head, D_V)
     rows, keys = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K)
     tile = rows[:, None] * D_K + keys[None, :]
@@ -41,7 +41,7 @@ def forward_kernel(
         t = begin + tl.arange(0, C)
         q_, k_ = channels(q, t, q_next, keys, length), channels(k, t, k_next, keys, length)  # (c, d_k)
         b_ = tl.load(b + t * b_next, t < length, 0.0)  # (c,)
-        decay, from_start, to_end = decays(a, t, a_next, length, C)
+        decay, from_start, to_end = decays(log_a, t, a_next, length, C)
         _, inverse = system(k_, b_, decay, tl.minimum(C, length - begin), C, PRECISION)
         wrong = channels(v, t, v_next, rows, length) - from_start[:, None] * dot(k_, s.T, PRECISION)
         w_ = dot(inverse, wrong, PRECISION)  # (c, rows)
@@ -57,14 +57,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def writes_kernel(
-    q, k, a, b, S, w, do, dS_end, dv, db, dS, kept, length, heads, q_next, k_next, a_next, b_next, do_next,
+    q, k, log_a, b, S, w, do, dS_end, dv, db, dS, kept, length, heads, q_next, k_next, a_next, b_next, do_next,
     D_K: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Backwards through the window: the gradient of what every token writes, and S and its gradient at every chunk."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, first = n % heads, n // heads * length
-    q, k = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K)
-    a, b, do = there(a, first, a_next, head, 1), there(b, first, b_next, head, 1), there(do, first, do_next, head, D_V)
+    q, k, b = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K), there(b, first, b_next, head, 1)
+    log_a, do = there(log_a, first, a_next, head, 1), there(do, first, do_next, head, D_V)
     w, dv = there(w, first, heads * D_V, head, D_V), there(dv, first, heads * D_V, head, D_V)
     db += (part * tl.num_programs(0) // heads * length + first) * heads + head  # its share of a sum over rows
     rows, keys = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D_K)
@@ -77,7 +77,7 @@ def writes_kernel(
         tl.store(kept + chunk * D_V * D_K + tile, s)
         if chunk < chunks - 1:
             t = chunk * C + tl.arange(0, C)
-            _, from_start, to_end = decays(a, t, a_next, length, C)
+            _, from_start, to_end = decays(log_a, t, a_next, length, C)
             u_ = tl.load(b + t * b_next, t < length, 0.0)[:, None] * channels(w, t, heads * D_V, rows, length)
             k_ = channels(k, t, k_next, keys, length)
             s = last(from_start, C) * s + dot(u_.T, to_end[:, None] * k_, PRECISION)
@@ -87,7 +87,7 @@ def writes_kernel(
         chunk = chunks - 1 - back
         tl.store(kept + (chunks + chunk) * D_V * D_K + tile, d)
         t = chunk * C + tl.arange(0, C)
-        decay, from_start, to_end = decays(a, t, a_next, length, C)
+        decay, from_start, to_end = decays(log_a, t, a_next, length, C)
         k_, q_ = channels(k, t, k_next, keys, length), channels(q, t, q_next, keys, length)  # (c, d_k)
         do_ = channels(do, t, do_next, rows, length)  # (c, rows)
         b_ = tl.load(b + t * b_next, t < length, 0.0)
@@ -106,14 +106,14 @@ def writes_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def inputs_kernel(
-    q, k, a, b, w, do, dv, kept, dq, dk, da, length, heads, q_next, k_next, a_next, b_next, do_next,
+    q, k, log_a, b, w, do, dv, kept, dq, dk, da, length, heads, q_next, k_next, a_next, b_next, do_next,
     D_K: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk: the gradients of queries, keys and gates, from that of what was written, S before it and dS after."""
     n, part, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head, first = n % heads, n // heads * length
-    q, k = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K)
-    a, b, do = there(a, first, a_next, head, 1), there(b, first, b_next, head, 1), there(do, first, do_next, head, D_V)
+    q, k, b = there(q, first, q_next, head, D_K), there(k, first, k_next, head, D_K), there(b, first, b_next, head, 1)
+    log_a, do = there(log_a, first, a_next, head, 1), there(do, first, do_next, head, D_V)
     w, dv = there(w, first, heads * D_V, head, D_V), there(dv, first, heads * D_V, head, D_V)
     share = (part * tl.num_programs(0) // heads * length + first) * heads + head  # of a sum over rows
     dq, dk, da = dq + share * D_K, dk + share * D_K, da + share
@@ -124,7 +124,7 @@ def inputs_kernel(
     t = chunk * C + i
     at = t[:, None] * heads * D_K + keys[None, :]
 
-    decay, from_start, to_end = decays(a, t, a_next, length, C)
+    decay, from_start, to_end = decays(log_a, t, a_next, length, C)
     earlier = i[:, None] > i[None, :]  # (t, i): i < t
     k_ = channels(k, t, k_next, keys, length)  # (c, d_k)
     u_ = tl.load(b + t * b_next, t < length, 0.0)[:, None] * channels(w, t, heads * D_V, rows, length)  # (c, rows)
@@ -175,10 +175,10 @@ def channels(x, t, next, channel, length):
 
 
 @triton.jit
-def decays(a, t, next, length, C: tl.constexpr):
+def decays(log_a, t, next, length, C: tl.constexpr):
     """Return how much of a write by token i is left at token t, (t, i); of S before the chunk, and at its end, (c,)."""
     i = tl.arange(0, C)
-    a_ = tl.load(a + t * next, t < length, 1.0)  # past the end nothing is forgotten
+    a_ = tl.exp(tl.load(log_a + t * next, t < length, 0.0))  # past the end nothing is forgotten
     passed = tl.cumprod(tl.where(i[:, None] > i[None, :], a_[:, None], 1.0), axis=0)
     decay = tl.where(i[:, None] >= i[None, :], passed, 0.0)
     return decay, tl.cumprod(a_, axis=0), tl.sum(tl.where(i[:, None] == C - 1, decay, 0.0), axis=0)
@@ -202,39 +202,27 @@ def last(x, C: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, C) == C - 1, x, 0.0))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, *found: Tensor) -> None:
+def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, *found: Tensor) -> None:
     """Compute o, w and S after the last token into ``found``."""
-    inputs, strides = zip(*map(rows_of_tokens, (q, k, v, a, b)), strict=True)
+    inputs, strides = zip(*map(rows_of_tokens, (q, k, v, log_a, b)), strict=True)
     grid, sizes = programs(q, v)
     forward_kernel[grid](*inputs, S.contiguous(), *found, q.shape[2], q.shape[1], *strides, **sizes)
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    S: Tensor,
-    w: Tensor,
-    do: Tensor,
-    dS_end: Tensor,
-    *found: Tensor,
-) -> None:
-    """Compute the six gradients into ``found``."""
-    (q, k, a, b, do), strides = zip(*map(rows_of_tokens, (q, k, a, b, do)), strict=True)
+def backward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor, w: Tensor, *others: Tensor) -> None:
+    """Compute the six gradients into the last of ``others``, which begin with the gradients of o and S."""
+    do, end, dq, dk, dv, da, db, dS = others
+    (q, k, log_a, b, do), strides = zip(*map(rows_of_tokens, (q, k, log_a, b, do)), strict=True)
     grid, sizes = programs(q, v)
-    dq, dk, dv, da, db, dS = found
     summed = (dq, dk, da, db)
     # A sum over the rows of S is the sum of every program's share.
     shares = [x if grid[1] == 1 else x.new_empty(grid[1], *x.transpose(1, 2).shape) for x in summed]
     chunks = -(-q.shape[2] // sizes["C"])
     kept = S.new_empty(grid[0], 2, chunks, *S.shape[2:])
     shape = (q.shape[2], q.shape[1], *strides)
-    writes_kernel[grid](
-        q, k, a, b, S.contiguous(), w, do, dS_end.contiguous(), dv, shares[3], dS, kept, *shape, **sizes
-    )
-    inputs_kernel[(*grid, chunks)](q, k, a, b, w, do, dv, kept, *shares[:3], *shape, **sizes)
+    inputs = (q, k, log_a, b, S.contiguous(), w, do, end.contiguous())
+    writes_kernel[grid](*inputs, dv, shares[3], dS, kept, *shape, **sizes)
+    inputs_kernel[(*grid, chunks)](q, k, log_a, b, w, do, dv, kept, *shares[:3], *shape, **sizes)
     if grid[1] > 1:
         for whole, share in zip(summed, shares, strict=True):
             torch.sum(share, 0, out=whole.transpose(1, 2))
@@ -251,7 +239,7 @@ def sizes_of(d_k: int, d_v: int, precision: str) -> dict[str, Any]:
     """Return what a kernel is made for, besides the GPU."""
     rows = min(NUMBERS // d_k, ROWS, d_v & -d_v)
     made = {"D_K": d_k, "D_V": d_v, "ROWS": rows, "C": CHUNK, "PRECISION": precision}
-    return {**made, "num_warps": WARPS, "num_stages": 1}
+    return made | {"num_warps": WARPS, "num_stages": 1}
 
 
 def rows_of_tokens(x: Tensor) -> tuple[Tensor, int]:
