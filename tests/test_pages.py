@@ -490,6 +490,7 @@ def test_without_scripts_a_picture_stands_there(browser):
 
 # Which chapters have a panel, and how what it says begins as it opens.
 LIVE = {
+    "book/04_the_sleep_loop": "Pass 1 of 4. What can be read from S of N = 4 by now: 1 hop 91%",
     "book/05_graph_retrieval": f"{ASKED} N = 1 says H: wrong. N = 4 says A: right.",
     "book/09_inside_a_sleep": "4 hops after C: the arrows go C → F → H → A → E. N = 1 says A: wrong. N = 4 says E:",
 }
