@@ -1,4 +1,4 @@
-"""The trained models of the book's first page: their weights, rounded, as a script that needs no server.
+"""The trained models that run in the book's pages: their weights, rounded, as a script that needs no server.
 
 ``python book/live_model.py`` writes them anew.
 
@@ -182,7 +182,7 @@ def _base64(numbers: np.ndarray) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the models of the book's first page.")
+    parser = argparse.ArgumentParser(description="Write the models that run in the book's pages.")
     parser.add_argument("--runs", type=Path, default=COMMITTED, help="folder to take the runs from")
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder to write to")
     options = parser.parse_args(arguments)

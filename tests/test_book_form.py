@@ -34,6 +34,14 @@ def test_what_is_folded_says_what_it_does_wherever_it_is_opened(chapter):
             assert metadata["jupyter"] == {"source_hidden": True} and metadata["cellView"] == "form"
 
 
+@pytest.mark.parametrize("chapter", book_form.CHAPTERS, ids=lambda path: path.stem)
+def test_a_place_for_the_live_model_is_empty_where_nothing_fills_it(chapter):
+    """In Jupyter, on Colab and on paper: a line by itself, whose words are an attribute."""
+    for c in book_form.json.loads(chapter.read_text())["cells"]:
+        for part in "".join(c["source"]).split("\n\n"):
+            assert "live-here" not in part or re.fullmatch(r'<div class="live-here"[^<>\n]*></div>', part)
+
+
 def test_the_page_of_references_is_that_of_the_file_and_has_all_that_is_cited():
     bibliography = pytest.importorskip("bibliography", reason="pybtex, of the book's environment, reads the file")
     page = bibliography.PAGE.read_text()

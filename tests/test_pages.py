@@ -488,9 +488,68 @@ def test_without_scripts_a_picture_stands_there(browser):
         assert page.locator(".live").count() == 0
 
 
-def test_only_the_first_page_loads_the_live_model(page):
+# Which chapters have a panel, and how what it says begins as it opens.
+LIVE = {
+    "book/04_the_sleep_loop": "Pass 1 of 4. What can be read from S of N = 4 by now: 1 hop 91%",
+    "book/05_graph_retrieval": f"{ASKED} N = 1 says H: wrong. N = 4 says A: right.",
+    "book/09_inside_a_sleep": "4 hops after C: the arrows go C → F → H → A → E. N = 1 says A: wrong. N = 4 says E:",
+}
+
+
+def test_only_pages_that_show_the_live_model_load_it(page):
     loaded = [script for script in page.locator("script[src]").all() if "/live/" in script.get_attribute("src")]
-    assert len(loaded) == (3 if page.name == "book/intro" else 0)
+    assert len(loaded) == (3 if page.name in ["book/intro", *LIVE] else 0)
+    assert page.locator(".live-here, .live").count() == (2 if loaded else 0)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_chapter_sleeps_in_its_page(name, browser):
+    with opened(browser, name) as page:
+        place, verdict, answers = (page.locator(part) for part in (".live-here", ".live-verdict", ".live-answers"))
+        assert page.locator(".live-here > p").inner_text() == place.get_attribute("data-say")
+        assert verdict.inner_text().startswith(LIVE[name])
+        prepare_check(page)
+        page.clock.install()
+        waiting = page.locator(".live-lane >> nth=1 >> .live-pass.waiting")
+        press(page, "#live-sleep", "Enter")
+        assert waiting.count() == 4 and answers.all_inner_texts() == ["asleep"] * 2
+        assert violations(page, where=".live-here") == {}
+        page.clock.run_for(700)
+        assert waiting.count() == 3 and answers.nth(0).inner_text() != "asleep" == answers.nth(1).inner_text()
+        page.clock.run_for(4800)
+        assert waiting.count() == 0 and re.search("N = 4 says [AE]: right.$", verdict.inner_text())
+        drawn = page.locator(".live-pass:not(.unused) canvas").evaluate_all("es => es.map((e) => e.toDataURL())")
+        assert len(set(drawn)) == 5, "every pass has changed S"
+        press(page, "#live-retell", "Enter")
+        assert page.locator(".live-lane >> nth=1 >> canvas >> nth=3").evaluate("e => e.toDataURL()") != drawn[-1]
+        for theme in ("light", "dark"):
+            show(page, theme, 390)
+            assert violations(page, where=".live-here") == {}
+        assert page.problems == [] and page.requests_outside == []
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_on_paper_and_without_scripts_a_chapter_has_no_panel(name, browser):
+    for settings in ({"java_script_enabled": False}, {}):
+        with opened(browser, name, **settings) as page:
+            page.emulate_media(media="print" if page.locator(".live").count() else "screen")
+            assert not page.locator(".live-here").is_visible()
+
+
+def test_on_paper_the_first_page_has_its_picture(intro):
+    intro.emulate_media(media="print")
+    assert intro.locator("#fig-live img").is_visible() and not intro.locator(".live").is_visible()
+
+
+def test_two_panels_in_a_page_leave_each_other_alone(intro):
+    intro.evaluate("document.querySelector('.live').remove()")
+    intro.evaluate("document.querySelector('article').append(document.querySelector('#fig-live').cloneNode())")
+    intro.add_script_tag(path=ROOT / "book" / "_extra" / "live" / "page.js")
+    ids = intro.locator(".live [id]").evaluate_all("es => es.map((e) => e.id)")
+    assert len(ids) == len(set(ids)) == 12
+    press(intro, "#live-hops-2", "Home")
+    first, second = intro.locator(".live-verdict").all_inner_texts()
+    assert first.startswith(ASKED) and second.startswith("1 hop after C")
 
 
 # ---- What a site has.

@@ -1,9 +1,10 @@
 """Finish every page: an "Open in Colab" badge on each notebook, menus that open, lists with entries, no script twice,
-what search engines and links to the page show of it, how to cite it; and a map of the site.
+what search engines and links to the page show of it, how to cite it, the live model; and a map of the site.
 
 The repository's address comes from the book's configuration, and the site's from the repository's.
 """
 
+import re
 import shutil
 from html import escape
 from pathlib import Path
@@ -61,6 +62,14 @@ def add_badge(app: Sphinx, pagename: str, templatename: str, context: dict, doct
         f'<p class="colab-badge"><a href="{escape(target)}"><img src="{escape(picture)}" alt="Open in Colab" '
         f'width="117" height="20"></a></p>{context["body"]}'
     )
+
+
+def add_live_model(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Prepend the live model's style and scripts to a page with an element of class live-here, which they fill."""
+    if re.search('class="[^"]*live-here', context.get("body", "")):
+        live = context["pathto"]("live", resource=True)
+        scripts = [f'<script defer src="{live}/{name}.js"></script>' for name in ("weights", "model", "page")]
+        context["body"] = "".join([f'<link rel="stylesheet" href="{live}/live.css">', *scripts, context["body"]])
 
 
 def describe_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:
@@ -129,6 +138,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", describe_page)
     app.connect("html-page-context", search_a_folder)
     app.connect("html-page-context", add_badge)
+    app.connect("html-page-context", add_live_model)
     app.connect("html-page-context", drop_needless_scripts, priority=900)
     app.connect("build-finished", finish_site)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,11 +1,13 @@
-/* The live figure of the first page: one ring, read by a model that sleeps one pass and by one that sleeps N.
+/* A live panel in every element of class `live-here`: one ring, read by a model that sleeps one pass and by one that
+   sleeps N.
 
-   It takes the place of the still picture in the figure it finds. Where scripts do not run, the picture stays.
-   What is drawn here comes from `sleepeduLive` in model.js; this file knows nothing of the model but its nodes. */
-(() => {
+   In the figure of the first page it takes the place of the still picture; in a chapter the element is empty, and may
+   say where to begin: `data-hops`, `data-shown` (passes), and `data-say`, a sentence to stand above the panel. Where
+   scripts do not run, all is as it was. What is drawn here comes from `sleepeduLive` in model.js; this file knows
+   nothing of the model but its nodes. */
+document.querySelectorAll(".live-here").forEach((here, number) => {
   "use strict";
-  const figure = document.getElementById("fig-live");
-  if (!figure || !globalThis.sleepeduLive) return;
+  if (!globalThis.sleepeduLive) return;
   const stored = globalThis.sleepeduLiveWeights;
   const { words, nodes, reach } = stored;
   const passes = Object.keys(stored.models).map(Number);
@@ -15,7 +17,8 @@
   // ring: the nodes in the order of the arrows. told: the nodes in the order in which their arrows are told.
   // shown: the passes that are on show, in both lanes; all of them unless a sleep is being played.
   const { ring, told, start, hops: asked, passes: N } = stored.example;
-  const state = { N, hops: asked, start, ring: [...ring], told: [...told], picked: null, shown: most };
+  const { hops: k = asked, shown = most } = here.dataset;
+  const state = { N, hops: Number(k), start, ring: [...ring], told: [...told], picked: null, shown: Number(shown) };
 
   const after = (node, steps = 1) => state.ring[(state.ring.indexOf(node) + steps) % nodes];
   const edges = () => state.told.map((node) => [node, after(node)]);
@@ -34,15 +37,17 @@
 
   // ---- The elements, once.
 
-  const slider = (id, label, values, value) => `
+  const id = (name) => `live-${name}${number ? `-${number + 1}` : ""}`; // no id stands twice in a page
+  const heading = here.closest("section section") ? "h3" : "h2";
+  const slider = (name, label, values, value) => `
     <div class="live-control">
-      <label for="live-${id}">${label}: <output for="live-${id}">${value}</output></label>
-      <input type="range" id="live-${id}" min="${values[0]}" max="${values.at(-1)}" step="1" value="${value}">
+      <label for="${id(name)}">${label}: <output for="${id(name)}">${value}</output></label>
+      <input type="range" id="${id(name)}" min="${values[0]}" max="${values.at(-1)}" step="1" value="${value}">
       <div class="live-ticks" aria-hidden="true">${values.map((tick) => `<span>${tick}</span>`).join("")}</div>
     </div>`;
   const lane = () => `
     <section class="live-lane">
-      <h2><span class="live-name"></span> <small></small></h2>
+      <${heading}><span class="live-name"></span> <small></small></${heading}>
       <div class="live-passes">${passes.map((pass) => `<div class="live-pass" role="img">
         <span class="live-pass-name">pass ${pass}</span><canvas></canvas>
         <span class="live-read-out">${hops.map((k) => `<i>${k}</i>`).join("")}</span></div>`).join("")}</div>
@@ -56,9 +61,9 @@
     <div class="live-controls">
       ${slider("hops", "Hops k", hops, state.hops)}
       ${slider("passes", "Passes N", passes.slice(1), state.N)}
-      <div class="live-control live-choice"><label for="live-start">Start at</label>
-        <select id="live-start">${words.slice(0, nodes).map((word, node) => `<option value="${node}">${word}</option>`).join("")}</select></div>
-      <button type="button" id="live-sleep">Sleep</button>
+      <div class="live-control live-choice"><label for="${id("start")}">Start at</label>
+        <select id="${id("start")}">${words.slice(0, nodes).map((word, node) => `<option value="${node}">${word}</option>`).join("")}</select></div>
+      <button type="button" class="live-sleep" id="${id("sleep")}">Sleep</button>
     </div>
     <p class="live-verdict" role="status"></p>
     <div class="live-body">
@@ -75,8 +80,8 @@
         </div>
         <p class="live-ends" aria-hidden="true"><span class="start">start</span><span class="true">true end</span><span class="wrong">wrong answer</span></p>
         <p class="live-hint" role="status"></p>
-        <p class="live-buttons"><button type="button" id="live-shuffle">New ring</button>
-          <button type="button" id="live-retell">Same ring, retold</button></p>
+        <p class="live-buttons"><button type="button" id="${id("shuffle")}">New ring</button>
+          <button type="button" id="${id("retell")}">Same ring, retold</button></p>
         <p class="live-small">The window, as both models read it:</p>
         <p class="live-tokens"></p>
       </div>
@@ -256,10 +261,10 @@
       lane.element.querySelector("small").textContent =
         `${plural(state.hops, "hop")}: ${percent(share)} right over ${stored.models[lane.n].examples.toLocaleString("en")} rings`;
     }
-    for (const [id, value] of [["passes", state.N], ["hops", state.hops]]) {
-      find(`output[for=live-${id}]`).textContent = find(`#live-${id}`).value = value;
+    for (const [name, value] of [["passes", state.N], ["hops", state.hops]]) {
+      find(`output[for=${id(name)}]`).textContent = find(`#${id(name)}`).value = value;
     }
-    find("#live-start").value = state.start;
+    find(`#${id("start")}`).value = state.start;
     findAll(".live-map button").forEach((cell) => {
       const { passes: n, hops: k } = cell.dataset;
       const isOnShow = lanes.some((lane) => lane.n === Number(n)) && Number(k) === state.hops;
@@ -329,11 +334,11 @@
     hint();
   }
 
-  figure.prepend(live);
-  figure.classList.add("is-live");
+  here.prepend(live);
+  if (here.dataset.say) live.insertAdjacentHTML("beforebegin", `<p>${here.dataset.say}</p>`);
   findAll(".live-lane").forEach((element, i) => (lanes[i].element = element));
-  for (const [id, name, event] of [["passes", "N", "input"], ["hops", "hops", "input"], ["start", "start", "change"]]) {
-    find(`#live-${id}`).addEventListener(event, ({ target }) => change({ [name]: Number(target.value) }));
+  for (const [name, what, event] of [["passes", "N", "input"], ["hops", "hops", "input"], ["start", "start", "change"]]) {
+    find(`#${id(name)}`).addEventListener(event, ({ target }) => change({ [what]: Number(target.value) }));
   }
   findAll(".live-map button").forEach((cell) => {
     const { passes: n, hops: k } = cell.dataset;
@@ -341,10 +346,10 @@
     cell.addEventListener("click", () => change({ hops: Number(k), N: Number(n) === 1 ? state.N : Number(n) }));
   });
   findAll(".live-node").forEach((button, place) => button.addEventListener("click", () => select(place)));
-  find("#live-sleep").addEventListener("click", play);
-  find("#live-shuffle").addEventListener("click", () => shuffle(state.ring));
-  find("#live-retell").addEventListener("click", () => shuffle(state.told));
+  find(`#${id("sleep")}`).addEventListener("click", play);
+  find(`#${id("shuffle")}`).addEventListener("click", () => shuffle(state.ring));
+  find(`#${id("retell")}`).addEventListener("click", () => shuffle(state.told));
   new MutationObserver(drawPasses).observe(document.documentElement, { attributeFilter: ["data-theme"] });
   update();
   hint();
-})();
+});
