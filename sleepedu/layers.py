@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sleepedu.fast import fast_rule
+from sleepedu.fast import fast_rule, is_traced
 from sleepedu.fast.operator import ShortConvolution
 
 EPSILON = 1e-6  # keeps a vector of zeros from being divided by its length, 0
@@ -161,8 +161,8 @@ class Block(nn.Module):
 
 def rotate(x: Tensor, start: int) -> Tensor:
     """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
-    kept = x.requires_grad and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    cos, sin = (angles if kept else angles.__wrapped__)(*x.shape[-2:], start, x.device, x.dtype, type(x))  # (l, size)
+    find = angles if x.requires_grad and not is_traced() else angles.__wrapped__
+    cos, sin = find(*x.shape[-2:], start, x.device, x.dtype, type(x))  # (l, size) each
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleepedu import checks
+from sleepedu.fast import is_traced
 from sleepedu.layers import EPSILON, Block, CausalAttention, FastWeightMixer, WindowCache
 
 MIXERS = {
@@ -148,8 +149,7 @@ class SleepLM(nn.Module):
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             found = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be whole numbers (int64 or int32) of shape (batch, length), got {found}")
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # there are no values
-        if tokens.device.type == "cpu" and tokens.numel() and not traced:
+        if tokens.device.type == "cpu" and tokens.numel() and not is_traced():  # traced, there are no values
             last = self.config.vocabulary - 1
             for token in map(int, torch.aminmax(tokens)):
                 if not 0 <= token <= last:

@@ -4,9 +4,9 @@ Where a rule corrects what is stored that is C++ on a CPU (``cpp``) and Triton o
 ``compiling`` has what else makes a training step faster, ``precision`` the numbers that it computes in.
 """
 
+import contextlib
 import importlib.util
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ def triton_is_available() -> bool:
     return _triton
 
 
-def without_compiled_rule() -> Any:
-    """Return a context in which the rule does without C++ and Triton: it runs in chunks."""
-    return patch.multiple(__name__, _cpp=False, _triton=False, _shapes=False)
+@contextlib.contextmanager
+def without_compiled_rule() -> Iterator[None]:
+    """Do without the rule in C++ and in Triton meanwhile: it runs in chunks."""
+    global _cpp, _triton, _shapes
+    before = _cpp, _triton, _shapes
+    _cpp = _triton = _shapes = False
+    try:
+        yield
+    finally:
+        _cpp, _triton, _shapes = before
+
+
+def is_traced() -> bool:
+    """Return whether torch.compile, torch.func or the recording of a CUDA graph is looking on: nothing may be kept."""
+    seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return seen or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
