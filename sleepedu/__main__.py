@@ -199,15 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     here = ("--device", "--threads")
     how = ("--compile", "--recompute", "--quiet", "--examples", *here)
     own: dict[str, Any] = {"runs": run_store.OWN}
-    add(
-        train,
-        "train one run, or resume it, and store it",
-        "--runs",
-        "--together",
-        *how,
-        settings=experiments.Experiment,
-        **own,
-    )
+    what = "train one run, or resume it, and store it"
+    add(train, what, "--runs", "--together", *how, settings=experiments.Experiment, **own)
     add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *here, run="*", seed=7)
     probed = ("--runs", "--json", "--threads")
     add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **own)

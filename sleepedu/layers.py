@@ -166,7 +166,7 @@ def rotate(x: Tensor, start: int) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-@functools.lru_cache(8)  # all passes of a training step turn by the same angles
+@functools.lru_cache(8)  # all passes of a training step turn by the same angles; fake tensors, a kind, by their own
 def angles(length: int, size: int, start: int, device: Any, dtype: Any, kind: type) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (length, size) of -t f_i in one half and t f_i in the other, for every position t."""
     whole = torch.promote_types(dtype, torch.float32)

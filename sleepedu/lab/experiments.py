@@ -60,7 +60,7 @@ def run(
     stores = [run_store.COMMITTED, Path(directory)]
     for store in stores if committed else stores[1:]:
         path = store / experiment.name
-        if (path / "run.json").exists() and (found := load_run(path)).settings == settings:
+        if (found := finished(path, settings)) is not None:
             if store != run_store.COMMITTED:
                 Checkpoint(path).remove()  # there is one when the run was killed as it finished
             return found
@@ -92,6 +92,12 @@ def run(
         stored = save_run(path, experiment, settings, model, history, table, made)
         checkpoint.remove()
         return stored
+
+
+def finished(path: Path, settings: dict[str, Any]) -> Run | None:
+    """Return the run in the folder ``path``, if one of these settings is finished there."""
+    found = load_run(path) if (path / "run.json").exists() else None
+    return found if found is not None and found.settings == settings else None
 
 
 def begin(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:

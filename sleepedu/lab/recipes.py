@@ -80,7 +80,7 @@ RECIPES = {
         {"layout": "ag", "positions": 20},
         {"steps": 10_000, "batch": 64},
         learning_rates={1: 0.005, 2: 0.005, 8: 0.005},
-        control_steps={"longer": 2.682},
+        control_steps={"longer": 2.682},  # as stored: what N = 4 costs, and a hair more
     ),
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from sleepedu.fast.compiling import can_compile, compiled_blocks
 from sleepedu.fast.precision import tf32
 from sleepedu.fast.recording import recorded
 from sleepedu.lab import run_store
-from sleepedu.lab.experiments import begin
+from sleepedu.lab.experiments import begin, finished
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
 from sleepedu.layers import EPSILON, FastWeightMixer, RuleInputs, WindowCache
@@ -37,9 +38,7 @@ from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import run_episode, wake
 from sleepedu.tasks.base import UNSCORED, Episode
 from sleepedu.tasks.batches import Batches, majority_loss
-from sleepedu.training import History, TrainConfig
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the polynomial of torch's Muon, which takes one matrix at a time
+from sleepedu.training import History, TrainConfig, make_optimizers
 
 
 def run_together(
@@ -68,7 +67,7 @@ def run_together(
             raise ValueError(f"precision {experiment.precision!r} is for single runs: together they train in float32")
     folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
     begun = {experiment.name: begin(experiment, directory) for experiment in experiments}  # settings and weights
-    new = [e for e in experiments if not _holds(folders[e.name], begun[e.name][0])]
+    new = [e for e in experiments if finished(folders[e.name], begun[e.name][0]) is None]
     if new:
         task, configs, models = first.make_task(), [e.train_config for e in new], []
         for experiment in new:
@@ -84,17 +83,13 @@ def run_together(
         precision = "float32" if exact else "tf32"
         with tf32(precision, where):
             histories = train_together([m.to(where) for m in models], configs, data, own, compile, watch)
+        tokens, constant = configs[0].batch * task.tokens_per_example, majority_loss(task)
         for experiment, model, history in zip(new, models, histories, strict=True):
-            history.tokens_per_step = experiment.train_config.batch * task.tokens_per_example
-            history.majority_loss = majority_loss(task)
+            history.tokens_per_step, history.majority_loss = tokens, constant
             table = accuracy_by_depth(model.eval(), task, experiment.passes, examples, seed=experiment.seed)
             made = {"precision": precision, "compiled": compile, "recomputed": False, "ranks": 1, "together": len(new)}
             save_run(folders[experiment.name], experiment, begun[experiment.name][0], model, history, table, made)
     return [load_run(folder) for folder in folders.values()]
-
-
-def _holds(folder: Path, settings: dict) -> bool:
-    return (folder / "run.json").exists() and load_run(folder).settings == settings
 
 
 def batches_of(batches: Batches) -> dict[str, Tensor]:
@@ -123,7 +118,7 @@ def train_together(
     """
     config, k, device = configs[0], len(models), data["prompt"].device
     stacked = stack(models)
-    optimizers = Optimizers(stacked, configs)
+    optimizers = Optimizers(stacked, models[0], configs)
     step, own = torch.zeros(1, dtype=torch.long, device=device), torch.tensor(stream_of, device=device)
     seen = torch.zeros(config.steps, k, 2, device=device)  # loss and share right
     fewest, most = config.range_of_passes
@@ -187,17 +182,17 @@ def score(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class Optimizers:
-    """Muon and AdamW as ``training.make_optimizers`` has them, for k models with rates of their own."""
+    """Muon and AdamW as ``make_optimizers`` has them for one of the models, for all k with rates of their own.
 
-    def __init__(self, model: SleepLM, configs: Sequence[TrainConfig]):
-        self.clip, self.weight_decay = configs[0].clip, configs[0].weight_decay
-        self.hidden: list[nn.Parameter] = []
-        self.rest: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            matrix = parameter.ndim == 3 and name.endswith("weight") and name.startswith(("layers.", "inject."))
-            (self.hidden if matrix and not any(part in name for part in model.not_hidden) else self.rest).append(
-                parameter
-            )
+    torch's Muon takes one matrix at a time.
+    """
+
+    def __init__(self, stacked: SleepLM, single: SleepLM, configs: Sequence[TrainConfig]):
+        muon, adam = make_optimizers(single, configs[0])
+        self.clip, self.muon, self.adam = configs[0].clip, muon.defaults, adam.defaults
+        hidden, all_k = {id(matrix) for matrix in muon.param_groups[0]["params"]}, dict(stacked.named_parameters())
+        self.hidden = [all_k[name] for name, parameter in single.named_parameters() if id(parameter) in hidden]
+        self.rest = [all_k[name] for name, parameter in single.named_parameters() if id(parameter) not in hidden]
         self.parameters = [*self.hidden, *self.rest]
         # AdamW moves every number by itself, so it has all of them in one place, (k, numbers).
         self.flat = torch.cat([parameter.detach().flatten(1) for parameter in self.rest], dim=1)
@@ -210,7 +205,8 @@ class Optimizers:
         self.muon_rate = torch.tensor([config.learning_rate for config in configs], device=device)[:, None, None]
         self.adam_rate = torch.tensor([config.adam_learning_rate for config in configs], device=device)[:, None]
         # For every step the share of the rate, and what the two running means lack of their beginning.
-        table = [(configs[0].rate(i), 1 - 0.9 ** (i + 1), math.sqrt(1 - 0.95 ** (i + 1))) for i in steps]
+        b1, b2 = self.adam["betas"]
+        table = [(configs[0].rate(i), 1 - b1 ** (i + 1), math.sqrt(1 - b2 ** (i + 1))) for i in steps]
         self.of_step = torch.tensor(table, device=device)
 
     @torch.no_grad()
@@ -221,25 +217,25 @@ class Optimizers:
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
         for parameter, g, momentum in zip(self.hidden, gradients, self.momentum, strict=False):
             g = g * scale[:, None]
-            momentum.lerp_(g, 0.05)
+            momentum.lerp_(g, 1 - self.muon["momentum"])
             rate, taller = self.muon_rate * share, math.sqrt(max(1, parameter.shape[1] / parameter.shape[2]))
-            update = orthogonal(g.lerp(momentum, 0.95)) * (rate * taller)
-            parameter.mul_(1 - rate * self.weight_decay).sub_(update)
+            update = orthogonal(g.lerp(momentum, self.muon["momentum"]), self.muon) * (rate * taller)
+            parameter.mul_(1 - rate * self.muon["weight_decay"]).sub_(update)
         g = torch.cat([g.flatten(1) for g in gradients[len(self.hidden) :]], dim=1) * scale
-        rate = self.adam_rate * share
-        self.mean.lerp_(g, 0.1)
-        self.square.mul_(0.95).addcmul_(g, g, value=0.05)
-        self.flat.mul_(1 - rate * self.weight_decay)
-        self.flat.sub_(rate / mean_known * self.mean / (self.square.sqrt() / square_known + 1e-8))
+        rate, (b1, b2) = self.adam_rate * share, self.adam["betas"]
+        self.mean.lerp_(g, 1 - b1)
+        self.square.mul_(b2).addcmul_(g, g, value=1 - b2)
+        self.flat.mul_(1 - rate * self.adam["weight_decay"])
+        self.flat.sub_(rate / mean_known * self.mean / (self.square.sqrt() / square_known + self.adam["eps"]))
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Return what torch's Muon makes of each of the matrices (k, m, n): nearly all its singular values 1."""
-    a, b, c = NEWTON_SCHULZ
+def orthogonal(matrices: Tensor, muon: dict[str, Any]) -> Tensor:
+    """Return what torch's Muon, of these settings, makes of each of the matrices (k, m, n): singular values near 1."""
+    a, b, c = muon["ns_coefficients"]
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(5):
+    x = x / x.flatten(1).norm(dim=1).clamp(min=muon["eps"])[:, None, None]
+    for _ in range(muon["ns_steps"]):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).float()
