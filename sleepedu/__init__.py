@@ -11,7 +11,8 @@ from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.progress import ProgressBar
 from sleepedu.session import Session
-from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled, wake
+from sleepedu.settling import sleep_until_settled
+from sleepedu.sleep_loop import run_episode, sleep, wake
 from sleepedu.tasks import CellularAutomaton, Episode, GraphRetrieval, MathReasoning, Task
 from sleepedu.trace import SleepTrace
 from sleepedu.training import TrainConfig, train

@@ -5,7 +5,7 @@ sequence lasts. Symbols: b batch, l tokens, w width, h heads, d size of a head.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,28 @@ class WindowCache:
     keys: Tensor | None = None  # (b, h, seen, d), of attention
     values: Tensor | None = None  # (b, h, seen, d), of attention
     tail: Tensor | None = None  # (b, convolution - 1, channels): what the short convolution saw last
+    start: int = 0  # the place of the first key in the text
+    reach: int = 0  # L where windows slide: a token sees itself and the L - 1 before it; 0: all that is there
+
+    @property
+    def seen(self) -> int:
+        """How many tokens the keys are of."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def mask(self, length: int, device: Any) -> Tensor | None:
+        """Return what so many new tokens may see of the keys and of one another, (l, seen + l); None for all before."""
+        all_in_reach = not self.reach or self.seen + length <= self.reach
+        if all_in_reach and (length == 1 or not self.seen):
+            return None
+        mask = torch.ones(length, self.seen + length, dtype=torch.bool, device=device).tril(self.seen)
+        return mask.triu(self.seen - self.reach + 1) if self.reach else mask
+
+    def slide(self) -> "WindowCache":
+        """Return the cache without the keys that no later token sees."""
+        if self.keys is None or self.values is None:
+            return self
+        gone = max(0, self.seen - self.reach + 1)
+        return replace(self, keys=self.keys[:, :, gone:], values=self.values[:, :, gone:], start=self.start + gone)
 
 
 class CausalAttention(nn.Module):
@@ -42,19 +64,17 @@ class CausalAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
-        seen = 0 if cache is None or cache.keys is None else cache.keys.shape[2]
+        cache = WindowCache() if cache is None else cache
+        mask, place = cache.mask(x.shape[1], x.device), cache.start + cache.seen
         qk, v = self.project(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
-        qk = rotate(qk.transpose(1, 2), start=seen).transpose(1, 2)  # (b, l, 2 h, d)
+        qk = rotate(qk.transpose(1, 2), start=place).transpose(1, 2)  # (b, l, 2 h, d)
         q, k, v = (each.transpose(1, 2) for each in (*qk.chunk(2, dim=2), v))  # (b, h, l, d)
-        mask = None
-        if cache is not None:
-            if cache.keys is not None and cache.values is not None:
-                k = torch.cat((cache.keys, k), dim=2)  # (b, h, seen + l, d)
-                v = torch.cat((cache.values, v), dim=2)  # (b, h, seen + l, d)
-                if x.shape[1] > 1:  # a single token may see all that there is
-                    mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
-            cache.keys, cache.values = k, v
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen)  # (b, h, l, d)
+        if cache.keys is not None and cache.values is not None:
+            k = torch.cat((cache.keys, k), dim=2)  # (b, h, seen + l, d)
+            v = torch.cat((cache.values, v), dim=2)  # (b, h, seen + l, d)
+        cache.keys, cache.values = k, v
+        causal = mask is None and x.shape[1] > 1
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (b, h, l, d)
         return self.out(rearrange(o, "b h l d -> b l (h d)"))  # (b, l, w)
 
 

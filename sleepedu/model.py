@@ -24,6 +24,7 @@ CARRIES = {
     "embed": "the embedding again, so nothing but S",
     "gate": "e + g (h - e): the embedding e, and a learned share g of h for every channel, at first 0",
 }
+EVICTIONS = ("hard", "sliding")  # after a sleep the cache is cleared, or keeps the last L - 1 tokens
 RULES = ("gated_delta", "delta", "gated", "hebbian")  # of ``fast_weights``
 
 FastWeights = tuple[Tensor, ...]  # the S of every fast-weight layer, from the first to the last
@@ -49,6 +50,7 @@ class ModelConfig:
     carry: str = "hidden"  # what one pass hands the next, as in CARRIES
     positions: int = 0  # learned places of the window; 0: rotary encoding alone, to which equal tokens look alike
     rule: str = field(default="gated_delta", metadata=checks.LATER)  # how S is written, as in RULES
+    eviction: str = field(default="hard", metadata=checks.LATER)  # what a sleep leaves of its window, as in EVICTIONS
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
@@ -66,9 +68,11 @@ class ModelConfig:
             raise ValueError(f"layout {self.layout!r} mixes 'A', which evicts nothing, with layers that do")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
-        for name, allowed in (("carry", CARRIES), ("rule", RULES)):
+        for name, allowed in (("carry", CARRIES), ("rule", RULES), ("eviction", EVICTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+        if self.eviction == "sliding" and (self.positions or self.keeps_cache):
+            raise ValueError("windows slide where positions are rotary and tokens are evicted: positions=0, no 'A'")
 
     @property
     def keeps_cache(self) -> bool:
@@ -91,6 +95,7 @@ class SleepLM(nn.Module):
 
     not_hidden: tuple[str, ...] = (".gates.",)  # parts of the names of matrices that are not Muon's
     in_coda = 0  # how many fast-weight layers come after those that a sleep loops
+    in_prelude = 0  # how many blocks come before them
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -127,9 +132,9 @@ class SleepLM(nn.Module):
         device, shape = self.head.weight.device, (batch, *self.config.state_shape)
         return tuple(torch.zeros(shape, device=device, dtype=self.state_dtype) for _ in self.fast_layers)
 
-    def empty_cache(self) -> list[WindowCache]:
-        """Return the cache of a window of which nothing has been read."""
-        return [WindowCache() for _ in self.layers]
+    def empty_cache(self, window: int = 0) -> list[WindowCache]:
+        """Return the cache of a window of which nothing has been read; of L tokens, where windows slide."""
+        return [WindowCache(reach=window if self.config.eviction == "sliding" else 0) for _ in self.layers]
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return the first hidden states h (b, l, w) of tokens (b, l), the first of them at place ``start``."""

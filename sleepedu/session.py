@@ -8,7 +8,8 @@ from torch import Tensor
 from sleepedu import checks
 from sleepedu.layers import WindowCache
 from sleepedu.model import SleepLM
-from sleepedu.sleep_loop import check_passes, check_settles, check_sleeps, settle
+from sleepedu.settling import check_settles, settle
+from sleepedu.sleep_loop import check_passes, check_sleeps
 
 
 class Session:
@@ -35,7 +36,7 @@ class Session:
         self.passes_taken = torch.zeros(batch, dtype=torch.long, device=model.head.weight.device)
         self._cache: list[WindowCache]
         self._filled: int
-        self._clear_window()
+        self._clear_window(model.empty_cache(window) if model.config.eviction == "sliding" else None)
 
     @property
     def room(self) -> int:
@@ -45,8 +46,9 @@ class Session:
     @property
     def held_bytes(self) -> int:
         """What is kept between two tokens, S and the window's cache, in bytes."""
-        cached = (tensor for layer in self._cache for tensor in vars(layer).values() if tensor is not None)
-        return sum(tensor.nbytes for tensor in (*self.S, *cached))
+        layers = (*self._cache, *(self._left or ()))
+        held = (*self.S, *(part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor)))
+        return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
     @torch.no_grad()
     def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:
@@ -84,6 +86,7 @@ class Session:
         if not self._filled:
             return
         S, taken = self.S, torch.full_like(self.passes_taken, self.passes)
+        cache, begun = self._left and self._cache, self.model.in_prelude
         if self.passes > 1:
             h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
             S = S[: len(S) - self.model.in_coda] + self._before  # the coda has read the window, and will again
@@ -91,11 +94,12 @@ class Session:
                 S, taken = settle(self.model, h, embedding, S, self.passes, self.tolerance)
             else:
                 for _ in range(1, self.passes):
-                    h, S = self.model.loop(self.model.carry(h, embedding), S)
-                S = self.model.coda(h, S)[1]
+                    cache = self._left and [*self._cache[:begun], *map(replace, self._left[begun:])]
+                    h, S = self.model.loop(self.model.carry(h, embedding), S, cache)
+                S = self.model.coda(h, S, cache)[1]
         self.S, self.passes_taken = S, taken
         self.sleeps += 1
-        self._clear_window()
+        self._clear_window(cache)
 
     @torch.no_grad()
     def answer(self, prompt: Tensor) -> Tensor:
@@ -113,8 +117,9 @@ class Session:
         h, _ = self.model.blocks(self.model.embed(prompt, self._filled), self.S, cache)
         return self.model.out(h)
 
-    def _clear_window(self) -> None:
-        self._cache = self.model.empty_cache()
+    def _clear_window(self, cache: list[WindowCache] | None) -> None:
+        self._left = cache and [layer.slide() for layer in cache]  # of the last window: nothing but where windows slide
+        self._cache = self._left or self.model.empty_cache()
         self._before = self.S[len(self.S) - self.model.in_coda :]
         self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
         self._filled = 0

@@ -27,6 +27,7 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "layers",
     "model",
     "sleep_loop",
+    "settling",
     "training evaluation session trace",
     "checkpoint progress",
     "pictures/explorer pictures/figures pictures/tables",
@@ -56,7 +57,7 @@ FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
 # Lines; what is fast has a naive form elsewhere, and nothing else needs what is pretrained.
-LIMITS = {"core": 1050, "all but fast": 4913, "fast": 705, "pretrained": 780}
+LIMITS = {"core": 1050, "all but fast": 4980, "fast": 705, "pretrained": 780}
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

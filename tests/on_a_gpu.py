@@ -20,7 +20,8 @@ from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.model import CARRIES
 from sleepedu.pictures import draw_episode
 from sleepedu.session import Session
-from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled, wake
+from sleepedu.settling import sleep_until_settled
+from sleepedu.sleep_loop import run_episode, sleep, wake
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval, MathReasoning
 from sleepedu.trace import SleepTrace
 from sleepedu.training import TrainConfig, score, train

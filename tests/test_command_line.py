@@ -126,6 +126,7 @@ def test_train_evaluate_and_results(capsys, tmp_path):
         "seed": 0,
         "learning_rate": 0.0,
         "rule": "gated_delta",
+        "eviction": "hard",
         "trained_from": "",
         "precision": "",
         "steps": 4,

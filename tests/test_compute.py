@@ -23,6 +23,7 @@ LAYOUTS = [
     {"layout": "ag", "passes": 3, "rule": "gated"},
     {"layout": "aga", "passes": 1, "key_size": 8, "value_size": 32},
     {"layout": "aaa", "passes": 1},
+    {"layout": "ag", "passes": 3, "eviction": "sliding", "task": GraphRetrieval(nodes=72, windows=3)},
     {"layout": "AAA", "passes": 1},
 ]
 

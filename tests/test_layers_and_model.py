@@ -13,7 +13,8 @@ from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
 from sleepedu.model import RULES, ModelConfig, SleepLM
 from sleepedu.session import Session
-from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled
+from sleepedu.settling import sleep_until_settled
+from sleepedu.sleep_loop import run_episode, sleep
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.trace import SleepTrace
 from sleepedu.training import score

@@ -12,7 +12,8 @@ from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.lab.run_store import load_run
 from sleepedu.model import CARRIES, RULES, SleepLM
 from sleepedu.session import Session
-from sleepedu.sleep_loop import run_episode, sleep, sleep_until_settled, wake
+from sleepedu.settling import sleep_until_settled
+from sleepedu.sleep_loop import run_episode, sleep, wake
 from sleepedu.tasks import Episode, GraphRetrieval
 from sleepedu.trace import SleepTrace
 from sleepedu.training import score

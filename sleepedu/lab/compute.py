@@ -23,17 +23,22 @@ def example_operations(config: ModelConfig, task: Task, passes: float) -> float:
     """Return the operations of learning from an example: sleep on its windows, answer its prompt, and all backwards."""
     head = 6 * task.prompt_length * config.width * config.vocabulary
     read = task.prompt_length + config.keeps_cache * task.windows * task.window  # in the pass that answers
-    answered = head + sum(forward + backward for forward, backward, _ in _blocks(config, read))
+    kept = (config.eviction == "sliding") * (task.window - 1)  # tokens in the cache, when all but the first begin
+    answered = head + sum(forward + backward for forward, backward, _ in _blocks(config, read, kept))
     if config.keeps_cache:
         return answered
-    forward, backward, written = (sum(found) for found in zip(*_blocks(config, task.window), strict=True))
+    blocks = _blocks(config, task.window, kept * (1 - 1 / task.windows))
+    forward, backward, written = (sum(found) for found in zip(*blocks, strict=True))
     inject = 12 * task.window * config.width**2 if config.carry == "inject" else 0
     heard = written if config.carry == "embed" else backward  # of a pass that another one follows
     return answered + task.windows * (passes * forward + (passes - 1) * (heard + inject) + written)
 
 
-def _blocks(config: ModelConfig, length: int) -> Iterator[tuple[float, float, float]]:
-    """Yield each block's operations over a window: forwards, backwards from h and S, backwards from S alone."""
+def _blocks(config: ModelConfig, length: int, kept: float) -> Iterator[tuple[float, float, float]]:
+    """Yield each block's operations over a window: forwards, backwards from h and S, backwards from S alone.
+
+    kept: tokens that attention finds in its cache, on average.
+    """
     width, (heads, d_v, d_k) = config.width, config.state_shape
     chunk = length / -(-length // 64)  # the length of a chunk: the window in as few parts as it takes
     mlp = 6 * length * int(config.mlp_ratio * width) * width
@@ -49,6 +54,6 @@ def _blocks(config: ModelConfig, length: int) -> Iterator[tuple[float, float, fl
             forward = project + rule + 2 * length * width * heads * d_v + mlp
             backward = 2 * forward + corrects * length * heads * chunk * d_v
         else:
-            forward = 8 * length * width**2 + 4 * length**2 * width + mlp
+            forward = 8 * length * width**2 + 4 * length * (kept + length) * width + mlp
             backward, written = 2 * forward, 0
         yield forward, backward, backward if place < last else written

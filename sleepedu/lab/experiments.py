@@ -109,7 +109,7 @@ def begin(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], di
     if not (name := experiment.trained_from):
         return experiment.settings, {}
     run = load_run(path if (path := Path(store, name)).exists() else name)
-    model = replace(ModelConfig(**run.settings["model"]), carry=experiment.carry)
+    model = replace(ModelConfig(**run.settings["model"]), carry=experiment.carry, eviction=experiment.eviction)
     for found, wanted in ((run.make_task(), experiment.make_task()), (model, experiment.model_config)):
         for field, value in asdict(wanted).items():
             if (its := getattr(found, field)) != value:

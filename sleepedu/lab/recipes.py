@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sleepedu import checks
 from sleepedu.fast.precision import PRECISIONS
 from sleepedu.lab.compute import example_operations
-from sleepedu.model import CARRIES, RULES, ModelConfig
+from sleepedu.model import CARRIES, EVICTIONS, RULES, ModelConfig
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
 
@@ -146,6 +146,7 @@ class Experiment:
     steps: int = setting(0, "instead of the recipe's")
     learning_rate: float = setting(0.0, "Muon's, instead of the recipe's")
     rule: str = setting(RULES[0], f"how S is written: one of {', '.join(RULES)}")
+    eviction: str = setting(EVICTIONS[0], f"what a sleep does to its window: one of {', '.join(EVICTIONS)}")
     trained_from: str = setting("", "stored run of this task and size to go on from; with its seed, on its examples")
     precision: str = setting("", f"of large products, instead of the recipe's: one of {', '.join(PRECISIONS)}")
 
@@ -173,6 +174,7 @@ class Experiment:
             f"N{self.passes}" if MODELS[self.model].sleeps else "",
             self.carry if self.carry != self.recipe.carry else "",
             self.rule if self.rule != RULES[0] else "",
+            self.eviction if self.eviction != EVICTIONS[0] else "",
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
             self.trained_from.replace(f"{self.task}-{self.size}", "from", 1),
@@ -193,7 +195,8 @@ class Experiment:
         layout = self.recipe.model["layout"]
         others = {"transformer": "a" * len(layout), "kept": "A" * len(layout), "deeper": 4 * layout}
         made = {"layout": others.get(self.model, layout), "vocabulary": len(self.make_task().words)}
-        return ModelConfig(**{**self.recipe.model, **made, "carry": self.carry, "rule": self.rule})
+        own = {name: getattr(self, name) for name in ("carry", "rule", "eviction")}
+        return ModelConfig(**{**self.recipe.model, **made, **own})
 
     @property
     def train_config(self) -> TrainConfig:

@@ -8,7 +8,7 @@ from typing import Any
 from sleepedu.intervals import Table, across_seeds, paired
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
-from sleepedu.model import RULES
+from sleepedu.model import EVICTIONS, RULES
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
@@ -36,6 +36,7 @@ def label(run: Run) -> str:
         f"{e.times_the_steps:.3g}x steps" if e.times_the_steps != 1 else "",
         e.carry if e.carry != e.recipe.carry else "",
         e.rule if e.rule != RULES[0] else "",
+        e.eviction if e.eviction != EVICTIONS[0] else "",
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
         f"from {start}" if start else "",

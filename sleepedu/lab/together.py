@@ -65,6 +65,8 @@ def run_together(
             )
         if experiment.train_config.precision.endswith("16"):
             raise ValueError(f"precision {experiment.precision!r} is for single runs: together they train in float32")
+        if experiment.eviction == "sliding":
+            raise ValueError("sliding windows are for single runs: trained together, models keep no cache")
     folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
     begun = {experiment.name: begin(experiment, directory) for experiment in experiments}  # settings and weights
     new = [e for e in experiments if finished(folders[e.name], begun[e.name][0]) is None]

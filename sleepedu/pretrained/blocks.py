@@ -4,7 +4,7 @@ Their own cache is not used: it copies S in place, which ends a gradient at the 
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ class PretrainedConfig:
     carry: str = "gate"  # as in CARRIES
     after: tuple[int, ...] = ()  # the blocks that got fast weights of ours
     rank: int = 0  # of LoRA; 0: every weight is trained
+    eviction: str = "hard"  # as in ``model.EVICTIONS``
 
     positions: ClassVar[int] = 0
     keeps_cache: ClassVar[bool] = False
@@ -130,7 +131,7 @@ class PretrainedLM(SleepLM):
         added = {index: AddedFastWeights(width, config.state_shape) for index in config.after}
         self.layers = nn.ModuleList(PretrainedBlock(block, added.get(i)) for i, block in enumerate(text.layers))
         self.fast_layers = [index for index, letter in enumerate(config.layout) if letter == "g"]
-        self.in_coda = config.layout[config.loop[1] :].count("g")
+        self.in_prelude, self.in_coda = config.loop[0], config.layout[config.loop[1] :].count("g")
         if config.carry == "gate":
             self.gate = nn.Parameter(torch.zeros(width))
         self.pretrained = (pretrained,)  # no module of this one: for its save_pretrained
@@ -141,20 +142,26 @@ class PretrainedLM(SleepLM):
         """Run one pass of all blocks, or of those from ``first`` to before ``end``; as ``SleepLM.blocks``."""
         self.check_fast_weights(S, h)
         of_layer, layers = dict(zip(self.fast_layers, S, strict=True)), range(len(self.layers))[first:end]
-        keys = [cache[index].keys for index in layers] if cache is not None else []
-        seen = next((part.shape[2] for part in keys if part is not None), 0)
-        place = torch.arange(seen, seen + h.shape[1], device=h.device)[None]  # (1, l)
-        mask = None
-        if seen and h.shape[1] > 1:  # without one, the first of the new tokens stands where the first key does
-            mask = torch.ones(h.shape[1], seen + h.shape[1], dtype=torch.bool, device=h.device).tril(seen)[None, None]
-        rotary = self.rotary(h, place)
-        positions = {"position_embeddings": rotary, "position_ids": place, "attention_mask": mask}
+        kept = sorted((cache or [])[first:end], key=lambda layer: (layer.seen, layer.start))
+        window = kept[-1] if kept else WindowCache()  # of a layer that has keys, if there is one
+        place = window.start + window.seen + torch.arange(h.shape[1], device=h.device)[None]  # (1, l)
+        mask = window.mask(h.shape[1], h.device)
+        positions = {
+            "position_embeddings": self.rotary(h, place),
+            "position_ids": place,
+            "attention_mask": None if mask is None else mask[None, None],
+        }
+
+        def run(index: int, h: Tensor, S: Any, kept: WindowCache | None) -> tuple[Tensor, Any, WindowCache | None]:
+            own = kept and replace(kept)  # which the block changes; and it may run again, from what was there
+            return *self.layers[index](h, S, own, positions), own
+
         for index in layers:
-            given = (h, of_layer.get(index), None if cache is None else cache[index], positions)
-            if self.recompute and torch.is_grad_enabled():
-                h, of_layer[index] = checkpoint(self.layers[index], *given, use_reentrant=False)
-            else:
-                h, of_layer[index] = self.layers[index](*given)
+            given = (index, h, of_layer.get(index), None if cache is None else cache[index])
+            again = self.recompute and torch.is_grad_enabled()
+            h, of_layer[index], own = checkpoint(run, *given, use_reentrant=False) if again else run(*given)
+            if cache is not None and own is not None:
+                cache[index] = own
         return h, tuple(of_layer[index] for index in self.fast_layers)
 
     def prelude(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
