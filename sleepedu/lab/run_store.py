@@ -35,6 +35,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # An installed package brings the runs along, without their weights; in a checkout they lie with the book.
 COMMITTED = PACKAGE / "runs" if (PACKAGE / "runs").is_dir() else PACKAGE.parent / "book" / "runs"
 OWN = Path("own_runs")
+WEIGHTS = "weights.pt"  # in a run's folder
+FINE_TUNED = "finetuned"  # the folder with the committed runs of pretrained models
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Run:
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
-        file = self.path / "weights.pt"
+        file = self.path / WEIGHTS
         if not file.exists() and self.path.parent == COMMITTED:
             file = fetched(self.name, self.weights)
         if not file.exists():
@@ -94,21 +96,22 @@ class Run:
         }
 
 
-def fetched(run: str, checksum: str) -> Path:
+def fetched(run: str, checksum: str, file: str = WEIGHTS) -> Path:
     """Return the file with a stored run's weights: from the repository at this version's tag, or as it is now; once.
 
     The variable SLEEPEDU_RUNS names a folder to take them from instead. Raises FileNotFoundError where there are none.
     """
     if folder := os.environ.get("SLEEPEDU_RUNS"):
-        return Path(folder, run, "weights.pt")
+        return Path(folder, run, file)
     import pooch  # in here, as who has the weights does not need it
 
     cache, known = pooch.os_cache("sleepedu"), f"sha256:{checksum}"
     address = metadata("sleepedu")["Project-URL"].removeprefix("Repository, ")
     for tag in (f"v{__version__}", "HEAD"):
         with suppress(OSError, ValueError):  # not to be had, or not these
-            url = f"{address}/raw/{tag}/book/runs/{run}/weights.pt"
-            return Path(pooch.retrieve(url, known, fname=f"{run}-{checksum[:8]}.pt", path=cache))
+            url = f"{address}/raw/{tag}/book/runs/{run}/{file}"
+            own = f"{run.replace('/', '-')}-{checksum[:8]}{Path(file).suffix}"
+            return Path(pooch.retrieve(url, known, fname=own, path=cache))
     told = "check the network, or set SLEEPEDU_RUNS to a folder with the runs"
     raise FileNotFoundError(f"the weights of {run} are neither here nor at {address}: {told}")
 
@@ -123,7 +126,33 @@ def load_run(run: Path | str) -> Run:
     Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken, changed or of
     another version.
     """
-    path = next((path for path in (Path(run), COMMITTED / run, OWN / run) if path.exists()), None)
+    path, stored = read_run(run)
+    with storage.reading(path / "run.json"):
+        found = Run(
+            path=path,
+            experiment=Experiment(**stored["experiment"]),
+            settings=stored["settings"],
+            **measured(stored),
+        )
+        found.make_task()
+        ModelConfig(**found.settings["model"])
+        return found
+
+
+def measured(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run has besides its settings, of what ``read_run`` found."""
+    return {
+        "history": History(**stored["history"]),
+        "table": {int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
+        "provenance": stored["provenance"],
+        "weights": stored.get("weights", ""),
+    }
+
+
+def read_run(run: Path | str) -> tuple[Path, dict[str, Any]]:
+    """Return a finished run's folder and what its run.json says; raises as ``load_run`` does."""
+    stores = (COMMITTED, COMMITTED / FINE_TUNED, OWN)
+    path = next((path for path in (Path(run), *(store / run for store in stores)) if path.exists()), None)
     if path is None or not path.is_dir():
         raise FileNotFoundError(f"there is no run {str(run)!r}: `python -m sleepedu results` lists those there are")
     file = path / "run.json"
@@ -137,18 +166,7 @@ def load_run(run: Path | str) -> Run:
             raise ValueError(f"it is of version {stored['version']}, this library reads version {VERSION}")
         if stored.pop("checksum", None) != json_checksum(stored):
             raise ValueError("it was changed: it does not have the checksum it states")
-        found = Run(
-            path=path,
-            experiment=Experiment(**stored["experiment"]),
-            settings=stored["settings"],
-            history=History(**stored["history"]),
-            table={int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
-            provenance=stored["provenance"],
-            weights=stored.get("weights", ""),
-        )
-        found.make_task()
-        ModelConfig(**found.settings["model"])
-        return found
+        return path, stored
 
 
 def stored_runs(directory: Path | str | None = None) -> list[Run]:
@@ -175,7 +193,6 @@ def save_run(
         **made,
     }
     stored = {
-        "version": VERSION,
         "weights": storage.checksum(weights),
         "experiment": asdict(experiment),
         "settings": settings,
@@ -183,9 +200,15 @@ def save_run(
         "provenance": provenance,
         "history": asdict(history),
     }
-    storage.write(path / "weights.pt", weights)
-    storage.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
+    storage.write(path / WEIGHTS, weights)
+    write_run(path, stored)
     return load_run(path)
+
+
+def write_run(path: Path, stored: dict[str, Any]) -> None:
+    """Write what ``read_run`` reads, with its checksum."""
+    stored = {"version": VERSION, **stored}
+    storage.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
 
 
 def plain_table(table: Table) -> dict[str, dict[str, Any]]:

