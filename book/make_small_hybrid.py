@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from sleepedu import Episode, TrainConfig, train
 from sleepedu.evaluation import accuracy_by_depth
@@ -58,7 +58,7 @@ RATES = {"learning_rate": 0.01, "adam_learning_rate": 0.005, "warmup": 100}
 
 @dataclass(frozen=True)
 class InSight(TextReasoning):
-    """``TextReasoning`` with the text in the prompt: there is nothing to sleep on."""
+    """``TextReasoning``, the text in the prompt: there is nothing to sleep on."""
 
     name = "text in sight"
 
