@@ -438,13 +438,15 @@ def test_a_rule_is_exact_for_gates_of_any_size(rule, shape, some_gates, strength
     o, S_end = rule(*inputs, **{"chunk": chunk} if rule is gated_delta_chunked else {})
     gradients = torch.autograd.grad((o, S_end), inputs, (do, dS_end))
     wanted = exact([x.detach() for x in inputs], rule is not gated, do, dS_end)
+    # A strength of 2 turns S over along a key. Along the same key again and again it keeps every rounding so far.
+    limit = 1e-4 if same_keys and strengths == (2, 2) else 2e-5
     for found, (name, (right, parts)) in zip((o, S_end, *gradients), wanted.items(), strict=True):
         assert found.isfinite().all(), name
         error = (found.double() - right).abs().reshape(*parts.shape, -1).amax(dim=-1)
         worst = (error / (parts + 1e-30)).max().item()
         what = f"{rule.__name__}: error of {name} by its size"
         LARGEST[what] = max(worst, LARGEST[what])
-        assert worst < 2e-5, f"{name} is off by {worst:.1e} of its own size"
+        assert worst < limit, f"{name} is off by {worst:.1e} of its own size"
 
 
 @holds_for_long(
