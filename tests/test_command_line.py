@@ -168,7 +168,7 @@ def test_a_run_with_varied_passes_is_measured_with_the_most_of_them(capsys, tmp_
 def test_a_run_that_scores_otherwise_than_is_stored_is_told(capsys, monkeypatch):
     good, bad = (run_store.load_run(f"graph-laptop-sleep-N{passes}-seed0") for passes in (4, 1))
     bad = replace(bad, table={**bad.table, 2: replace(bad.table[2], accuracy=1.0)})
-    monkeypatch.setattr(run_store, "load_run", {"good": good, "bad": bad}.__getitem__)
+    monkeypatch.setattr("sleepedu.pretrained.finetuning.load_any", {"good": good, "bad": bad}.__getitem__)
     command = ["evaluate", "bad", "good", "--examples", "50"]
     assert main(command) == 1
     shown = capsys.readouterr().out

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MEGABYTES = 2  # what is fetched; a chapter that shows stored models fetches their weights, as it comes to them
+MEGABYTES = 3  # what is fetched; a chapter that shows stored models fetches their weights, as it comes to them
 
 CELL = """\
 # @title Install the library where it is missing
