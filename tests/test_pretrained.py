@@ -186,6 +186,29 @@ def test_a_session_streams_it(kind, tolerance, make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_its_windows_may_slide(kind, make, tmp_path):
+    """With one pass it is one forward in which every token sees the L - 1 before it; a session streams any N."""
+    model = shaken(make(kind, eviction="sliding")).double()
+    windows, prompt = tokens(2, 3, 5), tokens(2, 4, seed=1)
+    episode = Episode(windows, prompt, torch.full_like(prompt, -100), torch.zeros_like(prompt))
+    text = windows.flatten(1)
+    with torch.no_grad():
+        embedding, cache = model.embed(torch.cat((text, prompt), dim=1)), model.empty_cache(5)
+        h, _ = model.blocks(embedding, model.empty_fast_weights(2), cache)
+        torch.testing.assert_close(run_episode(model, episode, 1), model.out(h)[:, -4:], atol=1e-5, rtol=0)
+        for passes in (1, 2):
+            session = Session(model, 5, passes, batch=2)
+            for piece in text.split([4, 7, 4], dim=1):
+                session.read(piece)
+            whole = run_episode(model, episode, passes)
+            torch.testing.assert_close(session.answer(prompt), whole, atol=1e-5, rtol=0)
+    save(model, tmp_path / "trained.safetensors")
+    assert restore(tmp_path / "trained.safetensors").config.eviction == "sliding"
+    with pytest.raises(ValueError, match="eviction 'soft' is unknown: use one of hard, sliding"):
+        make(kind, eviction="soft")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_trained_is_saved_alone_and_answers_the_same(kind, make, tmp_path):
     model = shaken(add_lora(make(kind, loop=(1, 4)), rank=2))
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

