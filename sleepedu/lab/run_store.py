@@ -71,16 +71,9 @@ class Run:
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
-        file = self.path / WEIGHTS
-        if not file.exists() and self.path.parent == COMMITTED:
-            file = fetched(self.name, self.weights)
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
-        content = file.read_bytes()
-        if storage.checksum(content) != self.weights:
-            raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
+        file = weights_of(self.path, self.weights)
         model = SleepLM(ModelConfig(**self.settings["model"]))
-        model.load_state_dict(storage.unpack(content))
+        model.load_state_dict(storage.unpack(file.read_bytes()))
         return model.to(find_device(device)).eval()
 
     def row(self) -> dict[str, Any]:
@@ -94,6 +87,18 @@ class Run:
             "majority": round(sum(a.majority for a in self.table.values()) / len(self.table), 5),
             "depths": plain_table(self.table),
         }
+
+
+def weights_of(run: Path, checksum: str, name: str = WEIGHTS) -> Path:
+    """Return the file with a run's weights, fetched if need be; raises as ``Run.load_model`` does."""
+    file = run / name
+    if not file.exists() and run.parent in (COMMITTED, COMMITTED / FINE_TUNED):
+        file = fetched(run.relative_to(COMMITTED).as_posix(), checksum, name)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
+    if storage.checksum(file.read_bytes()) != checksum:
+        raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
+    return file
 
 
 def fetched(run: str, checksum: str, file: str = WEIGHTS) -> Path:
@@ -128,12 +133,7 @@ def load_run(run: Path | str) -> Run:
     """
     path, stored = read_run(run)
     with storage.reading(path / "run.json"):
-        found = Run(
-            path=path,
-            experiment=Experiment(**stored["experiment"]),
-            settings=stored["settings"],
-            **measured(stored),
-        )
+        found = Run(path, Experiment(**stored["experiment"]), stored["settings"], **measured(stored))
         found.make_task()
         ModelConfig(**found.settings["model"])
         return found

@@ -118,13 +118,7 @@ class FineTuned:
 
     def load_model(self, device: str = "cpu") -> PretrainedLM:
         """Return the model as it was trained; FileNotFoundError or ValueError for weights missing or not its own."""
-        file = self.path / TRAINED
-        if not file.exists() and self.path.parent == run_store.COMMITTED / run_store.FINE_TUNED:
-            file = run_store.fetched(f"{run_store.FINE_TUNED}/{self.name}", self.weights, TRAINED)
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
-        if storage.checksum(file.read_bytes()) != self.weights:
-            raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
+        file = run_store.weights_of(self.path, self.weights, TRAINED)
         return restore(file).to(run_store.find_device(device)).eval()
 
     def row(self) -> dict[str, Any]:

