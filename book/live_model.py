@@ -1,6 +1,7 @@
 """The trained models that run in the book's pages: their weights, rounded, as a script that needs no server.
 
-``python book/live_model.py`` writes them anew.
+``python book/live_model.py`` writes them anew: weights.js with a model for every N, and light_sleeper.js with one that was
+trained with one to eight passes, for the page that leaves it asleep.
 
 ``_extra/live/model.js`` is the same model in JavaScript and reads what is written here. A page opened from disk
 may load scripts but no data, so the weights are a script too. A matrix has one scale a row, and a number is a printable
@@ -34,28 +35,32 @@ from sleepedu.trace import SleepTrace
 
 PASSES = (1, 2, 3, 4)
 RUNS = tuple(f"graph-laptop-sleep-N{passes}-seed0" for passes in PASSES)  # the names of the runs that the page shows
+LIGHT_SLEEPER = "graph-laptop-varied-N8-seed0"
 FOLDER = Path(__file__).parent / "_extra" / "live"
 # The 91 digits that a number is written in; a backslash would need escaping.
 DIGITS = np.frombuffer(bytes(range(ord("#"), ord("~"))).replace(b"\\", b"~"), "u1")
 RING, TOLD, START, HOPS = [2, 5, 7, 0, 4, 1, 6, 3], [4, 7, 2, 6, 0, 3, 5, 1], 2, 3  # the example, as in ``ask``
 
 _HEAD = """\
-// The weights of the models in model.js. Written by `python book/live_model.py`: do not edit.
-globalThis.sleepeduLiveWeights = """
+// The weights of {what} in model.js. Written by `python book/live_model.py`: do not edit.
+globalThis.sleepeduLiveWeights{where} = {data};
+"""
 
 
-def export(runs: Sequence[Any], directory: Path | str = FOLDER) -> list[Path]:
-    """Write weights.js and the picture that stands in for the live model, still.png; return their paths.
+def export(runs: Sequence[Any], light_sleeper: Any, directory: Path | str = FOLDER) -> list[Path]:
+    """Write weights.js, light_sleeper.js, and the picture that stands in for the live model, still.png; return their paths.
 
     runs: as in ``script``. Raises ValueError as that does, and OSError; nothing is written for a run that is broken.
     """
-    text = script(runs)
     models = {run.settings["train"]["passes"]: run.load_model() for run in runs}
-    picture = small_picture(still(models), "png")
-    weights_path, picture_path = Path(directory, "weights.js"), Path(directory, "still.png")
-    storage.write(weights_path, text.encode())
-    storage.write(picture_path, picture)
-    return [weights_path, picture_path]
+    files = {
+        "weights.js": script(runs).encode(),
+        "light_sleeper.js": light_sleeper_script(light_sleeper, runs[0]).encode(),
+        "still.png": small_picture(still(models), "png"),
+    }
+    for name, content in files.items():
+        storage.write(Path(directory, name), content)
+    return [Path(directory, name) for name in files]
 
 
 def script(runs: Sequence[Any]) -> str:
@@ -66,9 +71,7 @@ def script(runs: Sequence[Any]) -> str:
     "probes" is what chapter 9 reads from S, for every pass and number of hops; "reach" the size at which the one
     colour scale of all fast weights ends.
     """
-    task, config = runs[0].settings["task"], runs[0].settings["model"]
-    if any(run.settings["task"] != task or run.settings["model"] != config for run in runs):
-        raise ValueError(f"the runs {', '.join(run.name for run in runs)} are not of one task and one model")
+    task, config = _one_kind(runs)
     loaded = {run.settings["train"]["passes"]: run.load_model() for run in runs}
     models = {
         str(passes): {
@@ -89,7 +92,22 @@ def script(runs: Sequence[Any]) -> str:
         "reach": round(reach(loaded), 2),
         "models": models,
     }
-    return f"{_HEAD}{json.dumps(data, indent=1)};\n"
+    return _HEAD.format(what="the models", where="", data=json.dumps(data, indent=1))
+
+
+def light_sleeper_script(run: Any, beside: Any) -> str:
+    """Return light_sleeper.js: one more model beside those of weights.js. Raises ValueError where it is of another kind."""
+    _one_kind([run, beside])
+    data = {"run": run.name, "weights": _pack_model(run.load_model())}
+    return _HEAD.format(what="one more model", where='.models["1 to 8"]', data=json.dumps(data, indent=1))
+
+
+def _one_kind(runs: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the runs' one task and one model."""
+    task, config = runs[0].settings["task"], runs[0].settings["model"]
+    if any(run.settings["task"] != task or run.settings["model"] != config for run in runs):
+        raise ValueError(f"the runs {', '.join(run.name for run in runs)} are not of one task and one model")
+    return task, config
 
 
 def _pack_model(model: SleepLM) -> dict[str, Any]:
@@ -187,7 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder to write to")
     options = parser.parse_args(arguments)
     try:
-        written = export([load_run(options.runs / name) for name in RUNS], options.to)
+        runs = [load_run(options.runs / name) for name in (*RUNS, LIGHT_SLEEPER)]
+        written = export(runs[:-1], runs[-1], options.to)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {storage.first_line(error)}\n")
     for path in written:

@@ -36,12 +36,23 @@ def unpack(packed) -> torch.Tensor:
 
 def read_models(text: str) -> dict[int, SleepLM]:
     """Return the rounded model for every N in the text of a weights.js."""
-    data = json.loads(text[text.index("{") :].rstrip(";\n"))
-    models = {}
-    for passes, stored in data["models"].items():
-        model = models[int(passes)] = SleepLM(ModelConfig(**data["config"])).eval()
-        model.load_state_dict({name: unpack(packed) for name, packed in stored["weights"].items()})
-    return models
+    data = read_data(text)
+    return {int(passes): read_model(stored, data["config"]) for passes, stored in data["models"].items()}
+
+
+def read_data(text: str) -> dict:
+    return json.loads(text[text.index("{") :].rstrip(";\n"))
+
+
+def read_model(stored: dict, config: dict) -> SleepLM:
+    model = SleepLM(ModelConfig(**config)).eval()
+    model.load_state_dict({name: unpack(packed) for name, packed in stored["weights"].items()})
+    return model
+
+
+def read_light_sleeper() -> SleepLM:
+    config = read_data((FOLDER / "weights.js").read_text())["config"]
+    return read_model(read_data((FOLDER / "light_sleeper.js").read_text()), config)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +69,15 @@ def test_the_committed_weights_are_those_of_the_runs(runs):
     again = "write them again: python book/live_model.py"
     assert (FOLDER / "weights.js").read_text() == live.script(runs), again
     assert [run.settings["train"]["passes"] for run in runs] == list(live.PASSES), "each N has a model of its own"
+    sleeper = load_run(COMMITTED / live.LIGHT_SLEEPER)
+    assert (FOLDER / "light_sleeper.js").read_text() == live.light_sleeper_script(sleeper, runs[0]), again
 
 
 def test_scripts_and_weights_are_small():
-    files = [path for path in FOLDER.iterdir() if path.suffix in (".js", ".css")]
-    assert len(files) == 4 and sum(path.stat().st_size for path in files) < 500_000
+    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.suffix in (".js", ".css")}
+    assert len(sizes) == 6
+    assert sizes.pop("light_sleeper.js") + sizes.pop("night.js") < 120_000, "chapter 11 alone has them"
+    assert sum(sizes.values()) < 500_000
 
 
 @pytest.mark.parametrize("passes", live.PASSES)
@@ -72,6 +87,16 @@ def test_rounding_leaves_the_stored_table_within_its_interval(passes, runs, mode
     for depth, stored in run.table.items():
         one_answer = 1 / (stored.n * run.make_task().queries)  # by which 100% lies above an interval that ends there
         assert stored.low <= table[depth].accuracy <= stored.high + one_answer, f"N = {passes}, k = {depth}"
+
+
+@pytest.mark.parametrize("passes", [2, 4, 16])
+def test_rounding_leaves_what_the_light_sleeper_knows(passes):
+    run = load_run(COMMITTED / live.LIGHT_SLEEPER)
+    as_trained, rounded = (
+        accuracy_by_depth(model, run.make_task(), passes, 500) for model in (run.load_model(), read_light_sleeper())
+    )
+    for depth, accuracy in as_trained.items():
+        assert abs(rounded[depth].accuracy - accuracy.accuracy) < 0.02, f"{depth} hops"
 
 
 @pytest.mark.parametrize("characters, levels", [(1, 91), (2, 91**2)])
@@ -137,7 +162,11 @@ def test_the_first_page_tells_what_was_found():
 
 def test_the_script_writes_weights_and_picture(tmp_path, capsys):
     live.main(["--to", str(tmp_path / "live")])
-    assert re.findall(r"([a-z]+\.[a-z]+): [\d,]+ bytes", capsys.readouterr().out) == ["weights.js", "still.png"]
+    assert re.findall(r"([a-z_]+\.[a-z]+): [\d,]+ bytes", capsys.readouterr().out) == [
+        "weights.js",
+        "light_sleeper.js",
+        "still.png",
+    ]
     assert (tmp_path / "live" / "weights.js").read_bytes() == (FOLDER / "weights.js").read_bytes()
     assert (tmp_path / "live" / "still.png").read_bytes().startswith(b"\x89PNG")  # its bytes are matplotlib's version's
 
@@ -145,10 +174,12 @@ def test_the_script_writes_weights_and_picture(tmp_path, capsys):
 def test_runs_that_do_not_go_together_are_refused(runs, tiny_run):
     with pytest.raises(ValueError, match="not of one task and one model"):
         live.script([runs[0], tiny_run])
+    with pytest.raises(ValueError, match="not of one task and one model"):
+        live.light_sleeper_script(tiny_run, runs[0])
 
 
 def test_missing_weights_are_one_line_and_nothing_is_written(tmp_path, capsys):
-    for name in live.RUNS:
+    for name in (*live.RUNS, live.LIGHT_SLEEPER):
         shutil.copytree(COMMITTED / name, tmp_path / "runs" / name)
     (tmp_path / "runs" / name / "weights.pt").unlink()
     with pytest.raises(SystemExit, match="2"):

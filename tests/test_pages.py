@@ -15,7 +15,10 @@ import print_book
 import pytest
 import torch
 from PIL import Image
-from test_live import read_models
+from test_live import read_light_sleeper, read_models
+
+from sleepedu.sleep_loop import sleep, wake
+from sleepedu.trace import SleepTrace
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "_build" / "html" / "book"
@@ -498,8 +501,71 @@ LIVE = {
 
 def test_only_pages_that_show_the_live_model_load_it(page):
     loaded = [script for script in page.locator("script[src]").all() if "/live/" in script.get_attribute("src")]
-    assert len(loaded) == (3 if page.name in ["book/intro", *LIVE] else 0)
-    assert page.locator(".live-here, .live").count() == (2 if loaded else 0)
+    assert len(loaded) == {"book/intro": 3, **dict.fromkeys(LIVE, 3), NIGHT: 4}.get(page.name, 0)
+    assert page.locator(".live-here, .live-night, .live").count() == (2 if loaded else 0)
+
+
+NIGHT = "book/11_how_long_to_sleep"
+
+
+def test_a_long_night_is_the_library_s(browser, live_models):
+    """What the panel of chapter 11 counts is what PyTorch answers, and the change of S what the chapter defines."""
+    with opened(browser, NIGHT) as page:
+        press(page, "#night-passes", "End")
+        lanes = page.locator(".live-long")
+        models = {"2": live_models[2], "1 to 8": read_light_sleeper()}
+        following = dict(zip(live.RING, [*live.RING[1:], live.RING[0]], strict=True))
+        window = torch.tensor([[node for start in live.TOLD for node in (start, following[start])]])
+        verdict = page.locator(".live-verdict").inner_text()
+        assert verdict.startswith("Woken after 16 passes. ")
+        for lane, (name, model) in zip(lanes.all(), models.items(), strict=True):
+            trace = SleepTrace()
+            with torch.no_grad():
+                sleep(model, window, passes=16, trace=trace)
+                right = [
+                    [
+                        sum(
+                            wake(model, torch.tensor([[7 + k, start]]), S)[0, -1].argmax().item()
+                            == live.RING[(place + k) % 8]
+                            for place, start in enumerate(live.RING)
+                        )
+                        for S in trace.S[0][1:]
+                    ]
+                    for k in (1, 2, 3, 4)
+                ]
+            assert lane.locator("i").all_inner_texts() == [str(count) for row in right for count in row]
+            known = sum(row[-1] for row in right)
+            before, after = (torch.cat([layer.flatten() for layer in trace.S[0][n]]) for n in (15, 16))
+            change = ((after - before).norm() / after.norm()).item()
+            assert f"N = {name}: {known} of 32 walks right; the last pass changed S by {change:.0%}." in verdict
+
+
+def test_a_long_night_is_moved_by_keyboard(browser):
+    with opened(browser, NIGHT) as page:
+        cells, verdict = page.locator(".live-long >> nth=0 >> i"), page.locator(".live-verdict")
+        assert page.locator(".live-night > p").inner_text() == page.locator(".live-night").get_attribute("data-say")
+        assert verdict.inner_text().startswith("Woken after 8 passes. N = 2: ")
+        assert cells.nth(7).inner_text() != "" == cells.nth(8).inner_text()
+        prepare_check(page)
+        page.clock.install()
+        press(page, "#night-sleep", "Enter")
+        assert verdict.inner_text().startswith("Woken after one pass. ")
+        page.clock.run_for(1100)
+        assert verdict.inner_text().startswith("Woken after 3 passes. ")
+        page.clock.run_for(9000)
+        assert verdict.inner_text().startswith("Woken after 16 passes. ")
+        first = cells.all_inner_texts()
+        page.evaluate("Math.random = () => 0.3")  # the same other ring every time
+        press(page, "#night-shuffle", "Enter")
+        assert cells.all_inner_texts() != first, "another ring"
+        press(page, "#night-trained", "ArrowRight", 2)
+        assert "N = 4: " in verdict.inner_text()
+        cells.nth(2).click()
+        assert verdict.inner_text().startswith("Woken after 3 passes. ") and cells.nth(3).inner_text() == ""
+        for theme in ("light", "dark"):
+            show(page, theme, 390)
+            assert violations(page, where=".live-night") == {}
+        assert page.problems == [] and page.requests_outside == []
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -528,12 +594,12 @@ def test_a_chapter_sleeps_in_its_page(name, browser):
         assert page.problems == [] and page.requests_outside == []
 
 
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize("name", [*LIVE, NIGHT])
 def test_on_paper_and_without_scripts_a_chapter_has_no_panel(name, browser):
     for settings in ({"java_script_enabled": False}, {}):
         with opened(browser, name, **settings) as page:
             page.emulate_media(media="print" if page.locator(".live").count() else "screen")
-            assert not page.locator(".live-here").is_visible()
+            assert not page.locator(".live-here, .live-night").is_visible()
 
 
 def test_on_paper_the_first_page_has_its_picture(intro):

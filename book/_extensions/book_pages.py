@@ -64,12 +64,16 @@ def add_badge(app: Sphinx, pagename: str, templatename: str, context: dict, doct
     )
 
 
+PANELS = {"live-here": ("weights", "model", "page"), "live-night": ("weights", "light_sleeper", "model", "night")}
+
+
 def add_live_model(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
-    """Prepend the live model's style and scripts to a page with an element of class live-here, which they fill."""
-    if re.search('class="[^"]*live-here', context.get("body", "")):
-        live = context["pathto"]("live", resource=True)
-        scripts = [f'<script defer src="{live}/{name}.js"></script>' for name in ("weights", "model", "page")]
-        context["body"] = "".join([f'<link rel="stylesheet" href="{live}/live.css">', *scripts, context["body"]])
+    """Prepend the live model's style and scripts to a page with an element of a panel's class, which they fill."""
+    for panel, names in PANELS.items():
+        if re.search(f'class="[^"]*{panel}', context.get("body", "")):
+            live = context["pathto"]("live", resource=True)
+            scripts = [f'<script defer src="{live}/{name}.js"></script>' for name in names]
+            context["body"] = "".join([f'<link rel="stylesheet" href="{live}/live.css">', *scripts, context["body"]])
 
 
 def describe_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:

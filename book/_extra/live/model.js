@@ -1,6 +1,6 @@
 /* The model of this book in plain JavaScript: Algorithm 1, run in the page.
 
-   It is sleepedu/{layers,fast_weights,model,sleep}.py once more, a token at a time and without a gradient, over the
+   It is sleepedu/{layers,fast_weights,model,sleep_loop}.py once more, a token at a time and without a gradient, over the
    weights that `python book/live_model.py` wrote to weights.js. A test holds its logits to PyTorch's.
 
    Symbols: h hidden states, one row of `width` numbers for every token of the window; q, k, v queries, keys, values;
@@ -39,20 +39,20 @@
     );
   }
 
-  const models = {}; // N -> the model trained with that N, unpacked when it is first needed
+  const models = {}; // how it was trained (its N) -> the model, unpacked when it is first needed
 
-  function modelFor(N) {
-    if (!models[N]) {
-      const packed = stored.models[N].weights;
+  function modelFor(name) {
+    if (!models[name]) {
+      const packed = stored.models[name].weights;
       const weight = (name) => unpack(packed[name]);
-      models[N] = {
+      models[name] = {
         embedding: weight("embedding.weight"),
         blocks: Array.from(layout, (kind, i) => readBlock(kind, (name) => packed[`layers.${i}.${name}`])),
         norm: weight("norm.weight"),
         head: weight("head.weight"),
       };
     }
-    return models[N];
+    return models[name];
   }
 
   function readBlock(kind, find) {
@@ -270,8 +270,8 @@
   globalThis.sleepeduLive = {
     /** Unpack the weights of the model trained with N, before they are needed. */
     load: (N) => void modelFor(N),
-    /** S after each of the N passes over the edges: [pass][fast-weight block][head][row][column]. */
-    sleep: (N, edges) => sleep(modelFor(N), edges.flat(), N),
+    /** S after each pass over the edges, N of them unless told otherwise: [pass][fast-weight block][head][row][column]. */
+    sleep: (N, edges, passes = N) => sleep(modelFor(N), edges.flat(), passes),
     /** The logits of "which node stands `hops` after `start`?", one for every word, given S from `sleep`. */
     wake: (N, S, hops, start) => Array.from(wake(modelFor(N), question(hops, start), S)),
     /** Both: sleep on the edges, wake, answer. */
