@@ -20,6 +20,8 @@ PYTHONS = {"oldest": ("python3.11",), "colab": ("python3.13", "python3.12"), "ne
 SHOWN = ("torch", "numpy", "matplotlib", "pillow", "einops", "ipywidgets", "ipython")
 LEFT_OUT = {
     "test_pages.py": "it looks at the built book in a browser, and the book is built in the pinned environment",
+    "test_live.py": "it reads what the pages say by Sphinx, which builds the book in the pinned environment",
+    "test_jupyterlab.py": "it has a browser and an environment of its own",
     "test_widget_versions.py": "it puts another ipywidgets before the one that is tried here",
 }
 TESTS = ["tests", *(f"--ignore=tests/{file}" for file in LEFT_OUT)]
