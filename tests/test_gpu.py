@@ -8,15 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_campaign
 import gpu_memory
 import pytest
 import torch
 
+from sleepedu import __main__
 from sleepedu.fast.memory import Memory
 from sleepedu.fast.precision import PRECISIONS, choose_precision, tf32
 from sleepedu.lab.experiments import check_memory, step_bytes
 from sleepedu.lab.recipes import RECIPES, Experiment
 from sleepedu.model import SleepLM
+from sleepedu.pretrained.finetuning import FineTuning
 from sleepedu.tasks.batches import prefetched
 from sleepedu.training import AnsweringEpisodes, TrainConfig, begin_training, find_gradients, train
 
@@ -138,3 +141,13 @@ def test_the_colab_sizes_train(task):
     model, config = SleepLM(experiment.model_config), replace(experiment.train_config, steps=2, batch=2)
     history = train(model, experiment.make_task(), config)
     assert history.step == [1, 2] and max(history.loss) < 10
+
+
+@pytest.mark.parametrize("part, settings", [("train", Experiment), ("pretrained", FineTuning)])
+def test_the_campaign_asks_for_runs_that_can_be_trained(part, settings):
+    parser, names = __main__._parser(), set()
+    for command in gpu_campaign.RUNS[part]:
+        chosen = __main__._chosen(settings, parser.parse_args([gpu_campaign.COMMANDS[part], *command]))
+        chosen.make_task()
+        names.add(chosen.name)
+    assert len(names) == len(gpu_campaign.RUNS[part]), "each has a folder of its own"
