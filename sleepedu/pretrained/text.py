@@ -167,7 +167,8 @@ class TextReasoning(Task):
         decode = tokenizer_of(self.tokenizer).decode
         parts, start = [decode(episode.windows[index].flatten().tolist())], 0
         for place in episode.asked[index].nonzero().flatten().tolist():
-            parts.append(decode(episode.prompt[index, start : place + 1].tolist()))
+            question = decode(episode.prompt[index, start : place + 1].tolist())
+            parts.append(question if question[0].isspace() else f" {question}")  # a tokenizer of words has no spaces
             parts.append(f"[{self.digit_tokens.index(int(episode.targets[index, place]))}]")
             start = place + 1
         return "".join(parts)
