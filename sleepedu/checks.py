@@ -1,6 +1,7 @@
 """What every setting is asked at the door: whether it is a number of its kind and inside its limits."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
@@ -36,6 +37,12 @@ def flag(name: str, value: object) -> None:
     """Raise ValueError, which names the setting, unless value is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def one_of(name: str, value: object, allowed: Iterable) -> None:
+    """Raise ValueError, which names the setting and what is allowed, unless value is one of these."""
+    if value not in (known := tuple(allowed)):
+        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(map(str, known))}")
 
 
 def finite(name: str, value: object, above: float = -math.inf) -> None:

@@ -69,8 +69,7 @@ class ModelConfig:
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of even size")
         for name, allowed in (("carry", CARRIES), ("rule", RULES), ("eviction", EVICTIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+            checks.one_of(name, getattr(self, name), allowed)
         if self.eviction == "sliding" and (self.positions or self.keeps_cache):
             raise ValueError("windows slide where positions are rotary and tokens are evicted: positions=0, no 'A'")
 

@@ -30,12 +30,6 @@ def write(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror or error}); what stood there stays") from error
-    with suppress(OSError, AttributeError):  # not every system can do this with a folder
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def pack(tensors: Any) -> bytes:

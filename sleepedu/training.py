@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sleepedu import checks
 from sleepedu.fast.compiling import compiled_blocks, keep_freed_memory
-from sleepedu.fast.precision import autocast, check_precision, choose_precision, tf32
+from sleepedu.fast.precision import PRECISIONS, autocast, choose_precision, tf32
 from sleepedu.fast.recording import Recorded
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import check_passes, run_episode
@@ -61,7 +61,7 @@ class TrainConfig:
         if not 0 <= self.decay <= 1 or self.weight_decay < 0:
             given = f"{self.decay}, {self.weight_decay}"
             raise ValueError(f"decay must lie in 0..1 and weight_decay not be negative, got {given}")
-        check_precision(self.precision)
+        checks.one_of("precision", self.precision, PRECISIONS)
 
     @property
     def range_of_passes(self) -> tuple[int, int]:

@@ -206,7 +206,7 @@ def test_wrong_settings_are_named(make_model):
     class Odd(GraphRetrieval):
         scoring = "some"
 
-    with pytest.raises(ValueError, match="scoring 'some' of the graph task is unknown: use 'each' or 'all'"):
+    with pytest.raises(ValueError, match="the graph task's scoring 'some' is unknown: use one of each, all"):
         accuracy_by_depth(make_model(), Odd(nodes=4, hops=3, queries=2), 1)
 
 

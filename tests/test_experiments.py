@@ -368,7 +368,7 @@ def test_devices(monkeypatch):
         find_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert find_device("auto") == find_device("cuda") == torch.device("cuda")
-    with pytest.raises(ValueError, match="device 'tpu' is unknown: use auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="device 'tpu' is unknown: use one of auto, cpu, cuda"):
         find_device("tpu")
 
 

@@ -344,7 +344,7 @@ def test_dials_stand_in_the_columns_of_their_operations_with_arrows_between():
         ({"sums": 2}, "sums must be True or False, got 2"),
         ({"operations": 7, "sums": True}, r"operations on 8 quantities must lie in 1\.\.6, got 7"),
         ({"quantities": 2, "sums": True}, r"quantities with name_words 1 must lie in 3\.\.26, got 2"),
-        ({"ask": "all"}, "ask 'all' is unknown: use 'every' or 'one'"),
+        ({"ask": "all"}, "ask 'all' is unknown: use one of every, one"),
         ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"name_words": 3}, r"name_words must lie in 1\.\.2, got 3"),
         ({"digits": 11}, r"digits must lie in 2\.\.10, got 11"),

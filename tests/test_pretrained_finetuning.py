@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from importlib import util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ transformers = pytest.importorskip("transformers", reason="pip install 'sleepedu
 pytest.importorskip("peft", reason="pip install 'sleepedu[pretrained]'")
 
 from sleepedu import __main__, run_episode, sleep, wake  # noqa: E402
+from sleepedu.lab.experiments import check_memory, step_bytes  # noqa: E402
 from sleepedu.pretrained import add_lora, finetune, retrofit  # noqa: E402
-from sleepedu.pretrained.finetuning import FineTuning, check_card, load_finetuned, memory_needed  # noqa: E402
+from sleepedu.pretrained.finetuning import FineTuning, load_finetuned  # noqa: E402
 from sleepedu.pretrained.text import tokenizer_of  # noqa: E402
 from sleepedu.training import make_optimizers, score  # noqa: E402
 
@@ -92,14 +94,17 @@ def test_all_weights_are_trained_with_rank_0(settings, tmp_path):
 
 
 def test_a_card_that_is_too_small_is_refused_with_what_fits(settings):
-    task, form = settings.make_task(), settings.make_model(fetch=False)
-    assert all(weight.is_meta for weight in form.parameters())
-    one, two = (memory_needed(form, task, passes=2, batch=batch) for batch in (1, 2))
-    check_card(settings, task, two)
-    with pytest.raises(MemoryError, match=r"a step needs about .* GiB, the GPU has .*: a batch of 1 fits"):
-        check_card(settings, task, two - 1)
-    with pytest.raises(MemoryError, match="not even a batch of 1 fits: take a smaller model or window"):
-        check_card(settings, task, one - 1)
+    assert all(weight.is_meta for weight in settings.form().parameters())
+    kept, less = (sum(step_bytes(settings, 8, way).values()) for way in (False, True))
+    one, three = (sum(step_bytes(settings, batch, True).values()) for batch in (1, 3))
+    assert one < three < less < kept
+    check_memory(settings, 8, False, SimpleNamespace(total_memory=kept / 0.89))
+    with pytest.raises(ValueError, match=r"takes .* GB of memory, there is room for .*: --recompute takes"):
+        check_memory(settings, 8, False, SimpleNamespace(total_memory=less / 0.89))
+    with pytest.raises(ValueError, match="a batch of 3 would fit"):
+        check_memory(settings, 8, True, SimpleNamespace(total_memory=three / 0.89))
+    with pytest.raises(ValueError, match="take a smaller model or window, or a GPU that has more"):
+        check_memory(settings, 8, True, SimpleNamespace(total_memory=one))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_a_card_that_is_too_small_is_refused_with_what_fits(settings):
         (("--after", "1,2"), "has fast weights of its own: use load"),
         (("--passes", "0"), "passes (N) must be at least 1, got 0"),
         (("--forms", "less"), "forms must be more, with less or plus or both of them behind commas, got 'less'"),
-        (("--ask", "some"), "ask 'some' is unknown: use 'every' or 'one'"),
+        (("--ask", "some"), "ask 'some' is unknown: use one of every, one"),
         (("--digits", "11"), "digits must lie in 2..10, got 11"),
     ],
 )

@@ -17,7 +17,8 @@ KINDS = {
     "automaton": {"task": "rule110", "passes": 2},
     "all in sight": {"task": "rule110", "model": "kept"},
     "varied": {"task": "graph", "model": "varied", "passes": 3},
-    "inject": {"task": "math", "passes": 2},
+    "inject": {"task": "math", "passes": 2, "carry": "inject"},
+    "inject, which one pass does not use": {"task": "math", "carry": "inject"},
     "gate": {"task": "graph", "passes": 2, "carry": "gate", "rule": "gated"},
 }
 

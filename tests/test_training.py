@@ -255,7 +255,7 @@ def test_a_task_that_asks_nothing_or_is_scored_in_no_known_way_is_refused(make_m
 
     for kind, message in (
         (Silent, "the graph task asks nothing: all its targets are -100"),
-        (Odd, "scoring 'some' of the graph task is unknown: use 'each' or 'all'"),
+        (Odd, "the graph task's scoring 'some' is unknown: use one of each, all"),
     ):
         with pytest.raises(ValueError, match=message):
             train(make_model(), kind(nodes=4, hops=2, queries=3), CONFIG)

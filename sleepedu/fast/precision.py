@@ -8,12 +8,6 @@ import torch
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 
 
-def check_precision(precision: str) -> None:
-    """Raise ValueError, which names the allowed ones, for a precision that is unknown."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
-
-
 def choose_precision(precision: str, device: torch.device) -> str:
     """Return the precision that a device computes in: the one asked for, or for "auto" the best that it has.
 

@@ -89,9 +89,9 @@ def run(
             "recomputed": recompute,
             "ranks": ranks,
         }
-        stored = save_run(path, experiment, settings, model, history, table, made)
+        save_run(path, experiment, settings, model, history, table, made)
         checkpoint.remove()
-        return stored
+        return load_run(path)
 
 
 def finished(path: Path, settings: dict[str, Any]) -> Run | None:
@@ -117,29 +117,42 @@ def begin(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], di
     return {**experiment.settings, "trained_from": run.weights}, run.load_model().state_dict()
 
 
-def step_bytes(experiment: Experiment, batch: int, recompute: bool) -> dict[str, int]:
-    """Return the bytes of parameters, of what optimizers keep of them, and of a step's gradients and all else."""
-    task, model = experiment.make_task(), SleepLM(experiment.model_config).to("meta")
+def step_bytes(experiment: Any, batch: int, recompute: bool) -> dict[str, int]:
+    """Return the bytes of parameters, of what optimizers keep of them, and of a step's gradients and all else.
+
+    experiment: an ``Experiment`` or a ``FineTuning``, whose models compute again block by block.
+    """
+    task, model = experiment.make_task(), experiment.form()
+    model.recompute, of_passes = recompute, recompute and type(model) is SleepLM
     count = -(-batch // experiment.train_config.parts)
     windows = torch.zeros(count, task.windows, task.window, dtype=torch.long, device="meta")
     prompt = torch.zeros(count, task.prompt_length, dtype=torch.long, device="meta")
 
     def step() -> None:
         episode = Episode(windows, prompt, prompt, prompt)
-        score(run_episode(model, episode, experiment.passes, recompute=recompute), episode)[0].backward()
+        score(run_episode(model, episode, experiment.passes, recompute=of_passes), episode)[0].backward()
 
-    parameters = sum(parameter.nbytes for parameter in model.parameters())  # AdamW keeps two of each, Muon one
-    return {"parameters": parameters, "optimizers": 2 * parameters, "step": most_bytes(step)}
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    parameters = sum(weight.nbytes for weight in model.parameters())  # AdamW keeps two of each, Muon one
+    return {"parameters": parameters, "optimizers": 2 * trained, "step": most_bytes(step)}
 
 
-def check_memory(experiment: Experiment, batch: int, recompute: bool, card: Any) -> None:
+def check_memory(experiment: Any, batch: int, recompute: bool, card: Any) -> None:
     """Raise ValueError, which says what would fit, where a step leaves less than a tenth of a card's memory free."""
-    name, room = experiment.name, 0.9 * card.total_memory / 1e9
-    needed = sum(step_bytes(experiment, batch, recompute).values()) / 1e9
-    if needed > room:
-        less = sum(step_bytes(experiment, batch, True).values()) / 1e9
-        fits = f"--recompute takes {less:.1f}" if less < room else "take a smaller size, or a GPU that has more"
-        raise ValueError(f"a step of {name} takes {needed:.1f} GB of memory, there is room for {room:.1f}: {fits}")
+
+    def needed(batch: int, recompute: bool) -> float:
+        return sum(step_bytes(experiment, batch, recompute).values()) / 1e9
+
+    room, all_of_it = 0.9 * card.total_memory / 1e9, needed(batch, recompute)
+    if all_of_it > room:
+        less, one = needed(batch, True), needed(1, True)
+        most = (
+            1 + int((room - one) / (less - one) * (batch - 1)) if one < room < less else 0
+        )  # it grows as the batch does
+        fits = f"a batch of {most} would fit" if most else "take a smaller model or window, or a GPU that has more"
+        fits = f"--recompute takes {less:.1f}" if less < room else fits
+        told = f"a step of {experiment.name} takes {all_of_it:.1f} GB of memory, there is room for {room:.1f}"
+        raise ValueError(f"{told}: {fits}")
 
 
 def reproduce(

@@ -86,10 +86,8 @@ class Probes:
         """
         shares = self.whole if whole else self.each
         tested, (constants,) = self.examples["test"], shares["constant"]
-        if reader not in shares:
-            raise ValueError(f"reader {reader!r} is unknown: use one of {', '.join(shares)}")
-        if n not in range(1, self.settings.passes + 1):
-            raise ValueError(f"pass n must lie in 1..{self.settings.passes}, got {n}")
+        checks.one_of("reader", reader, shares)
+        checks.whole("pass n", n, least=1, most=self.settings.passes)
         row = shares[reader][min(n, len(shares[reader])) - 1]
         return {
             step: Accuracy(share, *wilson_interval(share, tested), tested, constant or 0.0)

@@ -3,31 +3,23 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from sleepedu import checks
 from sleepedu.fast.precision import PRECISIONS
 from sleepedu.lab.compute import example_operations
-from sleepedu.model import CARRIES, EVICTIONS, RULES, ModelConfig
+from sleepedu.model import CARRIES, EVICTIONS, RULES, ModelConfig, SleepLM
 from sleepedu.tasks import TASKS, Task
 from sleepedu.training import TrainConfig
 
-
-class Kind(NamedTuple):
-    """A kind of model that is compared: what tables call it, given N, what it is, and whether it has an N."""
-
-    label: str
-    description: str
-    sleeps: bool = False
-
-
-MODELS = {
-    "sleep": Kind("N={}", "the hybrid of attention and fast weights, sleeping N passes on every window", True),
-    "varied": Kind("N=1 to {}", "the same, trained with N drawn anew for every batch, from 1 to N", True),
-    "transformer": Kind("transformer", "attention only, evicting every window: what is left of the past is nothing"),
-    "kept": Kind("keeps its cache", "attention only, evicting nothing: it looks back at everything when it answers"),
-    "longer": Kind("N=1", "the hybrid at N = 1, trained on more steps, at the operations of N = 4 or above"),
-    "deeper": Kind("N=1, 4x layers", "the hybrid at N = 1, with four times the layers, likewise"),
+SLEEPERS = ("sleep", "varied")  # the models that have an N
+MODELS = {  # what tables call each kind of model, given N
+    "sleep": "N={}",  # the hybrid of attention and fast weights, sleeping N passes on every window
+    "varied": "N=1 to {}",  # the same, trained with N drawn anew for every batch, from 1 to N
+    "transformer": "transformer",  # attention only, evicting every window: what is left of the past is nothing
+    "kept": "keeps its cache",  # attention only, evicting nothing: it looks back at everything when it answers
+    "longer": "N=1",  # the hybrid at N = 1, trained on more steps, at the operations of N = 4 or above
+    "deeper": "N=1, 4x layers",  # the hybrid at N = 1, with four times the layers, likewise
 }
 
 
@@ -153,11 +145,10 @@ class Experiment:
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
         for name, allowed in (("task", TASKS), ("model", MODELS), ("size", sizes)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+            checks.one_of(name, getattr(self, name), allowed)
         if self.model == "varied" and self.passes == 1:
             raise ValueError("model 'varied' draws N from 1 to passes: passes must be above 1")
-        if not MODELS[self.model].sleeps and self.passes != 1:
+        if self.model not in SLEEPERS and self.passes != 1:
             raise ValueError(f"model {self.model!r} does not sleep: passes must be 1, got {self.passes}")
         if self.trained_from and not self.trained_from.startswith(alike := f"{self.task}-{self.size}-"):
             raise ValueError(f"trained_from must be the name of a stored run, {alike}..., got {self.trained_from!r}")
@@ -171,10 +162,8 @@ class Experiment:
         """The run's name, and that of its folder."""
         parts = [
             f"{self.task}-{self.size}-{self.model}",
-            f"N{self.passes}" if MODELS[self.model].sleeps else "",
-            self.carry if self.carry != self.recipe.carry else "",
-            self.rule if self.rule != RULES[0] else "",
-            self.eviction if self.eviction != EVICTIONS[0] else "",
+            f"N{self.passes}" if self.model in SLEEPERS else "",
+            *self.departures,
             f"{self.steps}steps" if self.steps else "",
             f"lr{self.learning_rate:g}" if self.learning_rate else "",
             self.trained_from.replace(f"{self.task}-{self.size}", "from", 1),
@@ -182,6 +171,12 @@ class Experiment:
             f"seed{self.seed}",
         ]
         return "-".join(filter(None, parts))
+
+    @property
+    def departures(self) -> list[str]:
+        """How the model is made otherwise than its recipe says."""
+        usual = {"carry": self.recipe.carry, "rule": RULES[0], "eviction": EVICTIONS[0]}
+        return [getattr(self, name) for name, value in usual.items() if getattr(self, name) != value]
 
     @property
     def recipe(self) -> Recipe:
@@ -197,6 +192,10 @@ class Experiment:
         made = {"layout": others.get(self.model, layout), "vocabulary": len(self.make_task().words)}
         own = {name: getattr(self, name) for name in ("carry", "rule", "eviction")}
         return ModelConfig(**{**self.recipe.model, **made, **own})
+
+    def form(self) -> SleepLM:
+        """Return the model on "meta", which has shapes and no numbers."""
+        return SleepLM(self.model_config).to("meta")
 
     @property
     def train_config(self) -> TrainConfig:

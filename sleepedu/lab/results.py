@@ -8,7 +8,6 @@ from typing import Any
 from sleepedu.intervals import Table, across_seeds, paired
 from sleepedu.lab.recipes import MODELS
 from sleepedu.lab.run_store import Run
-from sleepedu.model import EVICTIONS, RULES
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
@@ -32,11 +31,9 @@ def label(run: Run) -> str:
     e = run.experiment
     start = e.trained_from.removeprefix(f"{e.task}-{e.size}-").rpartition("-seed")[0]
     words = [
-        MODELS[e.model].label.format(e.passes),
+        MODELS[e.model].format(e.passes),
         f"{e.times_the_steps:.3g}x steps" if e.times_the_steps != 1 else "",
-        e.carry if e.carry != e.recipe.carry else "",
-        e.rule if e.rule != RULES[0] else "",
-        e.eviction if e.eviction != EVICTIONS[0] else "",
+        *e.departures,
         f"{e.steps:,} steps" if e.steps else "",
         f"rate {e.learning_rate:g}" if e.learning_rate else "",
         f"from {start}" if start else "",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 import torch
 
-from sleepedu import storage
+from sleepedu import checks, storage
 from sleepedu._version import __version__
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available, triton_is_available
@@ -44,7 +44,7 @@ class Run:
     """A finished run: its experiment, history, accuracy by depth, and where and how it was made."""
 
     path: Path
-    experiment: Experiment
+    experiment: Any  # an Experiment; of a ``FineTuned`` a FineTuning
     settings: dict[str, Any]  # those it was trained with, which today's recipe need no longer give
     history: History
     table: Table
@@ -133,15 +133,16 @@ def load_run(run: Path | str) -> Run:
     """
     path, stored = read_run(run)
     with storage.reading(path / "run.json"):
-        found = Run(path, Experiment(**stored["experiment"]), stored["settings"], **measured(stored))
+        found = Run(path, Experiment(**stored["experiment"]), **measured(stored))
         found.make_task()
         ModelConfig(**found.settings["model"])
         return found
 
 
 def measured(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run has besides its settings, of what ``read_run`` found."""
+    """Return what a run has besides its experiment, of what ``read_run`` found."""
     return {
+        "settings": stored.get("settings"),
         "history": History(**stored["history"]),
         "table": {int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
         "provenance": stored["provenance"],
@@ -181,10 +182,10 @@ def stored_runs(directory: Path | str | None = None) -> list[Run]:
 
 
 def save_run(
-    path: Path, experiment: Experiment, settings: dict, model: SleepLM, history: History, table: Table, made: dict
-) -> Run:
-    """Save a finished run in the folder ``path`` and return it as it is loaded; made: what else its provenance says."""
-    weights = storage.pack(model.state_dict())
+    path: Path, experiment: Any, settings: Any, model: SleepLM, history: History, table: Table, made: dict, *file: Any
+) -> None:
+    """Save a finished run in the folder ``path``; made: what else its provenance says; file: weights' name, bytes."""
+    name, weights = file or (WEIGHTS, storage.pack(model.state_dict()))
     provenance = {
         **machine(model.head.weight.device),
         "seconds": history.seconds[-1],
@@ -193,6 +194,7 @@ def save_run(
         **made,
     }
     stored = {
+        "version": VERSION,
         "weights": storage.checksum(weights),
         "experiment": asdict(experiment),
         "settings": settings,
@@ -200,14 +202,7 @@ def save_run(
         "provenance": provenance,
         "history": asdict(history),
     }
-    storage.write(path / WEIGHTS, weights)
-    write_run(path, stored)
-    return load_run(path)
-
-
-def write_run(path: Path, stored: dict[str, Any]) -> None:
-    """Write what ``read_run`` reads, with its checksum."""
-    stored = {"version": VERSION, **stored}
+    storage.write(path / name, weights)
     storage.write(path / "run.json", readable_json({"checksum": json_checksum(stored), **stored}).encode())
 
 
@@ -230,8 +225,7 @@ def readable_json(value: Any) -> str:
 
 def find_device(name: str) -> torch.device:
     """Return the device "cpu", "cuda" or "auto" (CUDA where there is one). Raises ValueError when it is not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    checks.one_of("device", name, ("auto", "cpu", "cuda"))
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device here: use cpu or auto")

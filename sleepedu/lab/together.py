@@ -132,7 +132,8 @@ def train_together(
         episode = Episode(**batch, depth=torch.zeros_like(batch["prompt"]))
         logits = run_episode(stacked, episode, most) if fewest == most else answer(stacked, episode, most, passes)
         loss, right = score(logits, episode.targets, k)
-        optimizers.step(torch.autograd.grad(loss.sum(), optimizers.parameters), step)
+        gradients = torch.autograd.grad(loss.sum(), optimizers.parameters, materialize_grads=True)
+        optimizers.step(gradients, step)
         seen.index_copy_(0, step, torch.stack((loss.detach(), right), dim=-1)[None])
         step.add_(1)
 

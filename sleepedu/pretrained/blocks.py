@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sleepedu import checks
 from sleepedu.fast import gated_delta_fast
 from sleepedu.layers import EPSILON, FastWeightMixer, WindowCache
-from sleepedu.model import FastWeights, SleepLM
+from sleepedu.model import EVICTIONS, FastWeights, SleepLM
 
 CARRIES = ("gate", "hidden")  # of the library's, those that a pretrained model can begin with
 LORA = "lora_"  # what peft calls its matrices
@@ -36,6 +37,16 @@ class PretrainedConfig:
 
     positions: ClassVar[int] = 0
     keeps_cache: ClassVar[bool] = False
+
+    def __post_init__(self):
+        (first, end), count = self.loop, len(self.layout)
+        if not 0 <= first < end <= count:
+            raise ValueError(f"loop {self.loop} lies outside the {count} blocks: use 0 <= first < end <= {count}")
+        if "g" not in self.layout[first:end]:
+            having = ", ".join(str(index) for index, letter in enumerate(self.layout) if letter == "g")
+            raise ValueError(f"loop {self.loop} holds no block with fast weights: these are {having}")
+        for name, value, allowed in (("carry", self.carry, CARRIES), ("eviction", self.eviction, EVICTIONS)):
+            checks.one_of(name, value, allowed)
 
 
 class Keys:

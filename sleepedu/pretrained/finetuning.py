@@ -1,6 +1,5 @@
 """Fine-tune a pretrained model to sleep on text: every N on the same examples, stored, resumed where it stood."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,16 +10,14 @@ import torch
 from sleepedu import checks, storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth
-from sleepedu.intervals import Table
 from sleepedu.lab import run_store
+from sleepedu.lab.experiments import check_memory
 from sleepedu.lab.recipes import setting
 from sleepedu.pretrained.blocks import PretrainedLM
-from sleepedu.pretrained.loading import add_lora, load, restore, retrofit, save
+from sleepedu.pretrained.loading import add_lora, load, packed, restore, retrofit
 from sleepedu.pretrained.text import TextReasoning
-from sleepedu.tasks.base import Task
 from sleepedu.training import History, TrainConfig, train
 
-GIB = 2**30
 TRAINED = "trained.safetensors"  # in a run's folder: its weights
 
 
@@ -86,6 +83,10 @@ class FineTuning:
         problem |= {"sums": "plus" in self.forms, "less": "less" in self.forms}
         return TextReasoning(self.source, self.windows, self.window, **problem)
 
+    def form(self) -> PretrainedLM:
+        """Return the model on "meta", without its weights."""
+        return self.make_model(fetch=False)
+
     def make_model(self, fetch: bool = True) -> PretrainedLM:
         """Return the model before its first step; its form alone, on meta, where its weights are not to be fetched."""
         loop: Any = self._numbers("loop", ":") or None
@@ -98,20 +99,8 @@ class FineTuning:
         return add_lora(model, self.rank) if self.rank else model
 
 
-@dataclass(frozen=True)
-class FineTuned:
-    """A finished fine-tuning: what it was, history, accuracy by operations, and where and how it was made."""
-
-    path: Path
-    experiment: FineTuning
-    history: History
-    table: Table
-    provenance: dict[str, Any]
-    weights: str  # the SHA-256 of what was trained
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+class FineTuned(run_store.Run):
+    """A finished fine-tuning; its experiment is a ``FineTuning``."""
 
     def make_task(self) -> TextReasoning:
         return self.experiment.make_task()
@@ -138,7 +127,7 @@ def finetune(
 
     watch: as in ``train``. examples: to measure on, for every number of operations. recompute: compute every block
     again for its gradient, which all but the smallest models need. Raises what ``load``, ``retrofit`` and ``train``
-    raise; MemoryError, before any weights are fetched, for a GPU that is too small.
+    raise; ValueError, before any weights are fetched, for a GPU that is too small.
     """
     where = run_store.find_device(device)
     for path in (run_store.COMMITTED / run_store.FINE_TUNED / settings.name, Path(directory) / settings.name):
@@ -146,26 +135,17 @@ def finetune(
             return found
     task = settings.make_task()
     if where.type == "cuda":
-        check_card(settings, task, torch.cuda.get_device_properties(where).total_memory)
+        check_memory(settings, settings.batch, recompute, torch.cuda.get_device_properties(where))
     with storage.sole_use(path):
         model, checkpoint = settings.make_model().to(where), Checkpoint(path)
         model.recompute = recompute
         history = train(model, task, settings.train_config, watch, checkpoint)
         table = accuracy_by_depth(model, task, settings.passes, examples, settings.seed, batch=settings.batch)
-        save(model, path / TRAINED)
-        counts = {
-            "parameters": sum(weight.numel() for weight in model.parameters()),
+        made = {
             "trained": sum(weight.numel() for weight in model.state_dict().values()),
             "gate": model.gate.abs().mean().item() if settings.carry == "gate" else None,
         }
-        stored = {
-            "weights": storage.checksum((path / TRAINED).read_bytes()),
-            "experiment": asdict(settings),
-            "table": run_store.plain_table(table),
-            "provenance": {**run_store.machine(where), "seconds": history.seconds[-1], **counts},
-            "history": asdict(history),
-        }
-        run_store.write_run(path, stored)
+        run_store.save_run(path, settings, None, model, history, table, made, TRAINED, packed(model))
         checkpoint.remove()
     return load_finetuned(path)
 
@@ -181,37 +161,3 @@ def load_any(run: Path | str) -> FineTuned | run_store.Run:
     """Return a stored run of either kind; raises as ``load_run`` does."""
     of_pretrained = "source" in run_store.read_run(run)[1]["experiment"]
     return load_finetuned(run) if of_pretrained else run_store.load_run(run)
-
-
-def check_card(settings: FineTuning, task: Task, memory: int) -> None:
-    """Raise MemoryError, which says what would fit, for a GPU of so many bytes on which a step would not."""
-    model = settings.make_model(fetch=False)
-
-    def needed(batch: int) -> int:
-        return memory_needed(model, task, settings.passes, batch)
-
-    if needed(settings.batch) > memory:
-        batch = next((batch for batch in range(settings.batch - 1, 0, -1) if needed(batch) <= memory), 0)
-        fits = f"a batch of {batch} fits" if batch else "not even a batch of 1 fits: take a smaller model or window"
-        told = f"a step needs about {needed(settings.batch) / GIB:.1f} GiB, the GPU has {memory / GIB:.1f}"
-        raise MemoryError(f"{told}: {fits}")
-
-
-def memory_needed(model: PretrainedLM, task: Task, passes: int, batch: int) -> int:
-    """Return about how many bytes a training step takes, in float32: an estimate, rather too large.
-
-    Weights; gradient and AdamW's two moments of what is trained; the h and S that enter every block of every pass; and
-    all of one block, which is computed again.
-    """
-    parameters = list(model.parameters())
-    weights = sum(weight.numel() for weight in parameters)
-    weights += 3 * sum(weight.numel() for weight in parameters if weight.requires_grad)
-    (first, end), layout = model.config.loop, model.config.layout
-    runs = len(layout) + (passes - 1) * (end - first)
-    fast_runs = layout.count("g") + (passes - 1) * layout[first:end].count("g")
-    heads, value_size, _ = model.config.state_shape
-    width = model.embedding.embedding_dim
-    inner = max(weight.shape[0] for weight in model.layers.parameters() if weight.ndim == 2)
-    kept = task.windows * (runs * task.window * width + fast_runs * math.prod(model.config.state_shape))
-    at_once = task.window * (20 * width + 9 * inner + 40 * heads * value_size)
-    return 4 * (weights + batch * (kept + at_once))

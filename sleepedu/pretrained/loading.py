@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleepedu import checks
-from sleepedu.model import EVICTIONS
-from sleepedu.pretrained.blocks import CARRIES, LORA, PretrainedConfig, PretrainedLM
+from sleepedu import checks, storage
+from sleepedu.pretrained.blocks import LORA, PretrainedConfig, PretrainedLM
 
 TRIED = (5, 5, 4), (5, 25)  # versions of transformers: the first that was tried, and the first that was not
 HEAD = 64  # d_k and d_v of the fast weights that a retrofit adds
@@ -47,7 +46,7 @@ def load(
     shape = (told.linear_num_value_heads, told.linear_value_head_dim, told.linear_key_head_dim)
     quarter = len(layout) // 4
     loop = loop or (quarter, len(layout) - quarter)
-    return _build(source, told, layout, shape, loop, carry, eviction=eviction, fetch=fetch)
+    return _build(PretrainedConfig(str(source), told.vocab_size, layout, shape, loop, carry, (), 0, eviction), fetch)
 
 
 def retrofit(
@@ -74,7 +73,8 @@ def retrofit(
         checks.whole(f"each of after {after}", index, least=0, most=blocks - 1)
     layout = "".join("g" if index in after else "a" for index in range(blocks))
     shape = (max(1, told.hidden_size // HEAD), HEAD, HEAD)
-    return _build(source, told, layout, shape, loop or (0, blocks), carry, tuple(after), eviction, fetch)
+    what = (layout, shape, loop or (0, blocks), carry, tuple(after), 0, eviction)
+    return _build(PretrainedConfig(str(source), told.vocab_size, *what), fetch)
 
 
 def add_lora(model: PretrainedLM, rank: int) -> PretrainedLM:
@@ -99,11 +99,16 @@ def add_lora(model: PretrainedLM, rank: int) -> PretrainedLM:
     return model
 
 
-def save(model: PretrainedLM, path: str | Path) -> None:
-    """Write what was trained of a model, alone, and how to build it again, into one .safetensors file."""
-    from safetensors.torch import save_file
+def packed(model: PretrainedLM) -> bytes:
+    """Return what was trained of a model, alone, and how to build it again: the bytes of a .safetensors file."""
+    from safetensors import torch as safe
 
-    save_file(model.state_dict(), path, {"config": json.dumps(asdict(model.config))})
+    return safe.save(model.state_dict(), {"config": json.dumps(asdict(model.config))})
+
+
+def save(model: PretrainedLM, path: str | Path) -> None:
+    """Write what ``packed`` gives into a file, which ``restore`` reads."""
+    storage.write(Path(path), packed(model))
 
 
 def restore(path: str | Path) -> PretrainedLM:
@@ -114,17 +119,14 @@ def restore(path: str | Path) -> PretrainedLM:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        config = json.loads((file.metadata() or {}).get("config", "null"))
-        if config is None:
+        told = json.loads((file.metadata() or {}).get("config", "null"))
+        if told is None:
             raise ValueError(f"{path} does not say which model it belongs to: it is not of sleepedu's save")
         trained = {name: file.get_tensor(name) for name in list(file.keys())}
-    loop, after = tuple(config["loop"]), tuple(config["after"])
-    if after:
-        model = retrofit(config["source"], after, loop, config["carry"], eviction=config["eviction"])
-    else:
-        model = load(config["source"], loop, config["carry"], eviction=config["eviction"])
-    if config["rank"]:
-        add_lora(model, config["rank"])
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    model = _build(replace(PretrainedConfig(**told), rank=0))
+    if told["rank"]:
+        add_lora(model, told["rank"])
     model.load_state_dict(trained)
     return model
 
@@ -182,37 +184,19 @@ def _fetching(source: str | Path, file: str) -> Iterator[None]:
         raise OSError(told) from error
 
 
-def _build(
-    source: str | Path,
-    told: Any,
-    layout: str,
-    state_shape: tuple[int, int, int],
-    loop: tuple[int, int],
-    carry: str,
-    after: tuple[int, ...] = (),
-    eviction: str = "hard",
-    fetch: bool = True,
-) -> PretrainedLM:
+def _build(config: PretrainedConfig, fetch: bool = True) -> PretrainedLM:
     from transformers import AutoModelForCausalLM
 
-    first, end = loop
-    if not 0 <= first < end <= len(layout):
-        raise ValueError(f"loop {loop} lies outside the {len(layout)} blocks: use 0 <= first < end <= {len(layout)}")
-    if "g" not in layout[first:end]:
-        having = ", ".join(str(index) for index, letter in enumerate(layout) if letter == "g")
-        raise ValueError(f"loop {loop} holds no block with fast weights: these are {having}")
-    for name, value, allowed in (("carry", carry, CARRIES), ("eviction", eviction, EVICTIONS)):
-        if value not in allowed:
-            raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
-    what = (str(source), told.vocab_size, layout, state_shape, (first, end), carry, after)
-    config = PretrainedConfig(*what, eviction=eviction)
+    told = _told(config.source)
     with torch.device("meta"):  # its form, before its weights are fetched
-        pretrained = AutoModelForCausalLM.from_config(told)
-        if not all(hasattr(pretrained.model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
-            raise ValueError(f"{source} ({told.model_type}) is not built as Llama is: its blocks cannot be taken")
+        form = AutoModelForCausalLM.from_config(told)
+        if not all(hasattr(form.model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
+            raise ValueError(
+                f"{config.source} ({told.model_type}) is not built as Llama is: its blocks cannot be taken"
+            )
         if not fetch:
-            return PretrainedLM(config, pretrained)
-    with _fetching(source, "weights (model.safetensors)"):
+            return PretrainedLM(config, form)
+    with _fetching(config.source, "weights (model.safetensors)"):
         how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        pretrained = AutoModelForCausalLM.from_pretrained(**_where(source), **how)
+        pretrained = AutoModelForCausalLM.from_pretrained(**_where(config.source), **how)
     return PretrainedLM(config, pretrained).eval()

@@ -79,9 +79,11 @@ class TextReasoning(Task):
         """The token of every digit, 0 to 9."""
         return [self._ids(f"{ANSWER}{digit}")[-1] for digit in range(10)]
 
-    @property
+    @cached_property
     def words(self) -> tuple[str, ...]:
-        return vocabulary(self.tokenizer)
+        """Every token of the tokenizer, as it writes them."""
+        found = tokenizer_of(self.tokenizer)
+        return tuple(found.convert_ids_to_tokens(range(len(found))))
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -192,10 +194,3 @@ def sentence(name: str, number: str, form: str, sources: list[str]) -> str:
 def word_tokens(source: str, word: str) -> tuple[int, ...]:
     """Return the tokens of a word with the space before it: no tokenizer of today joins two."""
     return tuple(tokenizer_of(source)(word, add_special_tokens=False).input_ids)
-
-
-@lru_cache(maxsize=8)
-def vocabulary(source: str) -> tuple[str, ...]:
-    """Return every token of a tokenizer, as it writes them."""
-    found = tokenizer_of(source)
-    return tuple(found.convert_ids_to_tokens(range(len(found))))

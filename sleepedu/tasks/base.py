@@ -118,5 +118,4 @@ def check_task(task: Task, vocabulary: int) -> None:
     """Raise ValueError unless a vocabulary has as many words as the task, and it is known how the task is scored."""
     if vocabulary < len(task.words):
         raise ValueError(f"the task has {len(task.words)} words, the model a vocabulary of {vocabulary}")
-    if task.scoring not in ("each", "all"):
-        raise ValueError(f"scoring {task.scoring!r} of the {task.name} task is unknown: use 'each' or 'all'")
+    checks.one_of(f"the {task.name} task's scoring", task.scoring, ("each", "all"))

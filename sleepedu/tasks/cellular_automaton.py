@@ -43,13 +43,11 @@ class CellularAutomaton(Task):
         checks.different("steps", self.steps, least=1)
         if not self.steps:
             raise ValueError("steps must have a number at least, got ()")
-        if self.ask not in ("first", "every", "mixed"):
-            raise ValueError(f"ask {self.ask!r} is unknown: use 'first', 'every' or 'mixed'")
+        checks.one_of("ask", self.ask, ("first", "every", "mixed"))
         if self.ask != "first" and self.rows != 1:
             raise ValueError(f"ask {self.ask!r} is for a single row, got {self.rows} rows")
         checks.whole("rule", self.rule, least=0, most=255)
-        if self.test_rows not in ("held out", "training"):
-            raise ValueError(f"test_rows {self.test_rows!r} is unknown: use 'held out' or 'training'")
+        checks.one_of("test_rows", self.test_rows, ("held out", "training"))
         checks.finite("held_out", self.held_out)
         if self.held_out and not 0.01 <= self.held_out <= 0.99:
             raise ValueError(f"held_out must be 0 or lie in 0.01..0.99, got {self.held_out}")

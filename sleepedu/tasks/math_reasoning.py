@@ -73,8 +73,7 @@ class MathReasoning(Task):
         checks.whole(f"quantities with name_words {self.name_words}", self.quantities, least=given + 1, most=names)
         most = self.quantities - given
         checks.whole(f"operations on {self.quantities} quantities", self.operations, least=1, most=most)
-        if self.ask not in ("every", "one"):
-            raise ValueError(f"ask {self.ask!r} is unknown: use 'every' or 'one'")
+        checks.one_of("ask", self.ask, ("every", "one"))
         checks.whole("digits", self.digits, least=2, most=10)
         checks.whole("windows", self.windows, least=1)
 
