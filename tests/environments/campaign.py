@@ -27,7 +27,10 @@ LEFT_OUT = {
 TESTS = ["tests", *(f"--ignore=tests/{file}" for file in LEFT_OUT)]
 CHAPTERS = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "--dist", "loadscope", "book"]
 FROM_WHEEL = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(FOLDER)}
-PLAY_COLAB = 'import sys, types; sys.modules["google.colab"] = types.ModuleType("google.colab")\n'
+PLAY_COLAB = (  # in one line, as a .pth has it
+    'import sys, types, importlib.machinery; colab = sys.modules["google.colab"] = types.ModuleType("google.colab"); '
+    'colab.__spec__ = importlib.machinery.ModuleSpec("google.colab", None)\n'
+)
 
 
 class Failed(Exception):
