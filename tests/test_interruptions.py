@@ -38,7 +38,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_one_left_in_peace(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_run_that_is_killed_in_a_write_ends_as_the_one_left_in_peace(tmp_path):
-    assert kills("in_a_write", tmp_path, size(3, 12)) == size(3, 12)
+    assert kills("in_a_write", tmp_path, size(3, 8)) == size(3, 8)
 
 
 def assert_same(model, other):
