@@ -278,5 +278,14 @@
     answer: (N, edges, hops, start) =>
       globalThis.sleepeduLive.wake(N, globalThis.sleepeduLive.sleep(N, edges).at(-1), hops, start),
     softmax,
+    /** How a share of right answers is shaded, in both panels; their keys say the same in words or numbers. */
+    shading: (share) => (share >= 0.9 ? "most" : share >= 0.5 ? "half" : "few"),
+    /** Put a list into a random order, in place. */
+    shuffle: (list) => {
+      for (let i = list.length - 1; i > 0; i--) {
+        const j = Math.floor(Math.random() * (i + 1));
+        [list[i], list[j]] = [list[j], list[i]];
+      }
+    },
   };
 })();

@@ -94,7 +94,7 @@ document.querySelectorAll(".live-night").forEach((here) => {
         const pass = Number(cell.dataset.pass);
         const count = pass <= state.shown ? sleeper.right[pass - 1][Math.floor(place / passes.length)] : null;
         cell.textContent = count ?? "";
-        cell.className = count === null ? "" : count === nodes ? "most" : count >= nodes / 2 ? "half" : "few";
+        cell.className = count === null ? "" : sleepeduLive.shading(count / nodes);
         cell.classList.toggle("now", pass === state.shown);
       });
       return `N = ${sleeper.name}: ${total(known)} of ${walks} walks right; the last pass changed S by ${(100 * changeOf(sleeper, state.shown)).toFixed(0)}%.`;
@@ -121,13 +121,6 @@ document.querySelectorAll(".live-night").forEach((here) => {
     if (!still) timer = setTimeout(next, 500);
   }
 
-  function shuffle(list) {
-    for (let i = list.length - 1; i > 0; i--) {
-      const j = Math.floor(Math.random() * (i + 1));
-      [list[i], list[j]] = [list[j], list[i]];
-    }
-  }
-
   here.prepend(live);
   if (here.dataset.say) live.insertAdjacentHTML("beforebegin", `<p>${here.dataset.say}</p>`);
   find("#night-passes").addEventListener("input", ({ target }) => show(Number(target.value)));
@@ -139,8 +132,8 @@ document.querySelectorAll(".live-night").forEach((here) => {
   find("#night-sleep").addEventListener("click", play);
   find("#night-shuffle").addEventListener("click", () => {
     clearTimeout(timer);
-    shuffle(state.ring);
-    shuffle(state.told);
+    sleepeduLive.shuffle(state.ring);
+    sleepeduLive.shuffle(state.told);
     sleepOn();
   });
   live.querySelectorAll("i").forEach((cell) => cell.addEventListener("click", () => show(Number(cell.dataset.pass))));

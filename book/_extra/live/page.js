@@ -32,8 +32,7 @@ document.querySelectorAll(".live-here").forEach((here, number) => {
     return share > 0.95 ? `${(100 * share).toFixed(1)}%` : `${Math.round(100 * share)}%`;
   }
 
-  /** How a share is shaded, in the map and under the fast weights; the key says the same in words. */
-  const shading = (share) => (share >= 0.9 ? "most" : share >= 0.5 ? "half" : "few");
+  const { shading } = sleepeduLive; // in the map and under the fast weights
 
   // ---- The elements, once.
 
@@ -326,10 +325,7 @@ document.querySelectorAll(".live-here").forEach((here, number) => {
   }
 
   function shuffle(list) {
-    for (let i = list.length - 1; i > 0; i--) {
-      const j = Math.floor(Math.random() * (i + 1));
-      [list[i], list[j]] = [list[j], list[i]];
-    }
+    sleepeduLive.shuffle(list);
     change({ picked: null });
     hint();
   }
