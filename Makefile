@@ -65,7 +65,7 @@ pages: .venv/ready
 
 # The campaigns of `make test`, many times as long: kills, damaged files, random input, every stored run measured anew, and
 # all that `make environments` does. They end with what was tried.
-CAMPAIGNS := interruptions hostile_files properties experiments environments jupyterlab
+CAMPAIGNS := interruptions hostile_files properties experiments gpu environments jupyterlab
 soak: .venv/ready
 	SOAK=1 $(BIN)/python -m pytest $(CAMPAIGNS:%=tests/test_%.py)
 

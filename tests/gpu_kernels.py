@@ -55,18 +55,20 @@ def by_tokens(*given):
     return (x.detach().nan_to_num() for x in (o, S_end, *gradients))
 
 
-def largest_errors() -> dict[str, dict[str, float]]:
+def errors(shape: tuple[int, ...], strongest: float) -> dict[str, float]:
     """Return the largest error of every result, relative to its own largest number."""
-    errors = {}
-    for shape in SHAPES:
-        for gates, strongest in GATES.items():
-            given = inputs(*shape, strongest)
-            found = (x.cpu().double() for x in by_kernels(*(x.to(DEVICE) for x in given)))
-            pairs = zip(NAMES, found, by_tokens(*given), strict=True)
-            errors[f"{shape} {gates}"] = {
-                name: ((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item() for name, x, y in pairs
-            }
-    return errors
+    given = inputs(*shape, strongest)
+    found = (x.cpu().double() for x in by_kernels(*(x.to(DEVICE) for x in given)))
+    pairs = zip(NAMES, found, by_tokens(*given), strict=True)
+    return {name: ((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item() for name, x, y in pairs}
+
+
+def largest_errors() -> dict[str, dict[str, float]]:
+    found = {f"{shape} {gates}": errors(shape, GATES[gates]) for shape in SHAPES for gates in GATES}
+    for precision in gpu.LIMITS if DEVICE == "cpu" else ():  # other programs; the interpreter multiplies all alike
+        gpu.precision_of_products = lambda precision=precision: precision
+        found |= {f"{shape} as in {precision}": errors(shape, GATES["usual"]) for shape in SHAPES[1:]}
+    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import gpu_campaign
 import gpu_memory
 import pytest
 import torch
+from soak import SOAK
 
 from sleepedu import __main__
 from sleepedu.fast.memory import Memory
@@ -33,6 +34,21 @@ def test_the_kernels_give_the_numbers_of_the_rule():
     assert done.returncode == 0, done.stderr
     for case, errors in json.loads(done.stdout).items():
         assert max(errors.values()) < 1e-5, (case, errors)  # a NaN would not be smaller
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
+@pytest.mark.parametrize(
+    "architecture, precision", [(75, "ieee"), (80, "tf32"), (80, "tf32x3"), (90, "tf32"), (90, "tf32x3")]
+)
+def test_the_kernels_are_compiled_without_a_spilled_register(architecture, precision):
+    import gpu_machine_code  # it imports Triton, which not every machine has
+
+    newest = tuple(map(int, gpu_machine_code.triton.__version__.split(".")[:2])) >= (3, 9)
+    most = 0 if newest else 64  # bytes: earlier compilers find a little less room
+    for size in gpu_machine_code.SIZES if SOAK else (64,):
+        for kernel in gpu_machine_code.KERNELS:
+            made = gpu_machine_code.machine_code(kernel, architecture, size, precision)
+            assert made["spilled"] <= most, (kernel.__name__, size)
 
 
 @pytest.mark.parametrize(
