@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests run side by side, a thread each: threads that wait for one another on a busy machine take many times as long.
 export OMP_NUM_THREADS ?= 1
+# Each process has one half of the tests, in their order, and who is through takes from the other: a page is opened once.
+SHARED := -n 2 --dist worksteal
 
 .PHONY: book pdf test lint house form numbers fill unit coverage notebooks pages soak environments wheel gpu gpu-pretrained clean
 
@@ -51,17 +53,17 @@ fill: .venv/ready
 	$(BIN)/python book/_extensions/bibliography.py
 
 unit: .venv/ready
-	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2
+	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py $(SHARED)
 
 coverage: .venv/ready
-	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py -n 2 --cov --cov-report=term
+	$(BIN)/python -m pytest tests --ignore=tests/test_pages.py $(SHARED) --cov --cov-report=term
 
 # The chapters without the book; on every version of Python and torch that is tried.
 notebooks: .venv/ready
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadscope book
 
 pages: .venv/ready
-	$(BIN)/python -m pytest tests/test_pages.py -n 2
+	$(BIN)/python -m pytest tests/test_pages.py $(SHARED)
 
 # The campaigns of `make test`, many times as long: kills, damaged files, random input, every stored run measured anew, and
 # all that `make environments` does. They end with what was tried.

@@ -83,8 +83,9 @@ def page(request, browser):
         yield page
 
 
-@pytest.fixture(params=CHAPTERS + OTHERS)
+@pytest.fixture(scope="module", params=CHAPTERS + OTHERS)
 def page_to_change(request, browser):
+    """Every page once more, for the tests that move, turn and colour it, each from where the one before has left it."""
     with opened(browser, request.param) as page:
         yield page
 
@@ -228,6 +229,9 @@ def violations(page, rules=None, where="html"):
 def test_an_automated_check_finds_no_barrier(page_to_change):
     page = page_to_change
     prepare_check(page)
+    for height in (2000, 1000):  # who scrolls up is shown a button back to the top
+        page.evaluate(f"scrollTo(0, {height})")
+        page.wait_for_timeout(50)
     found = []
     for width in (1200, 400):
         for theme, rules in (("light", None), ("dark", COLOURS)):
