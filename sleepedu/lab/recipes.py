@@ -76,7 +76,9 @@ RECIPES = {
         control_steps={"longer": 2.682},  # as stored: what N = 4 costs, and a hair more
     ),
     # The same in half the width, which has room for fewer steps that a block could look up at once.
-    ("rule110", "narrow"): Recipe(LONG_ROWS, {**SMALL, "positions": 20}, {"steps": 10_000, "batch": 64}),
+    ("rule110", "narrow"): Recipe(
+        LONG_ROWS, {**SMALL, "positions": 20}, {"steps": 10_000, "batch": 64}, learning_rates={1: 0.005}
+    ),
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
         {**WIDE, "positions": 24},
