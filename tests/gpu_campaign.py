@@ -31,12 +31,15 @@ PARTS = {  # the command, and the seconds it may take
     "pretrained": ([], 600),
 }
 AUTOMATON = ["rule110", "--size", "held_out", "--together", "5"]
+NARROW = ["rule110", "--size", "narrow", "--together", "5"]
 SENTENCES = ["math", "--together", "5", "--learning-rate", "0.005", "--trained-from", "math-laptop-sleep-N1-seed0"]
 SMOLLM2 = ["smollm2", "--after", "six", "--window", "256", "--ask", "every", "--forms", "more", "--digits", "5"]
 SMALL_HYBRID = ["small-hybrid", "--window", "80", "--quantities", "6", "--operations", "3", "--ask", "every"]
 SMALL_HYBRID += ["--forms", "more", "--digits", "5", "--rank", "0", "--batch", "32", "--steps", "6000"]
 RUNS = {
     "train": [
+        [*NARROW, "--model", "longer"],  # one pass at the operations of four, in half the width
+        *([*NARROW, "--passes", str(n)] for n in (2, 8)),
         [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
         [*AUTOMATON, "--model", "deeper"],
         [*AUTOMATON, "--model", "varied", "--passes", "8"],
