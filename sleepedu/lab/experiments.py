@@ -82,13 +82,8 @@ def run(
         if rank:
             return None
         table = accuracy_by_depth(model, task, experiment.passes, examples, seed=experiment.seed)
-        precision = choose_precision(config.precision, where)
-        made = {
-            "precision": precision,
-            "compiled": compile and can_compile(where),
-            "recomputed": recompute,
-            "ranks": ranks,
-        }
+        made = {"precision": choose_precision(config.precision, where), "compiled": compile and can_compile(where)}
+        made |= {"recomputed": recompute, "ranks": ranks}
         save_run(path, experiment, settings, model, history, table, made)
         checkpoint.remove()
         return load_run(path)
@@ -146,9 +141,7 @@ def check_memory(experiment: Any, batch: int, recompute: bool, card: Any) -> Non
     room, all_of_it = 0.9 * card.total_memory / 1e9, needed(batch, recompute)
     if all_of_it > room:
         less, one = needed(batch, True), needed(1, True)
-        most = (
-            1 + int((room - one) / (less - one) * (batch - 1)) if one < room < less else 0
-        )  # it grows as the batch does
+        most = 1 + int((room - one) / (less - one) * (batch - 1)) if one < room < less else 0  # it grows with the batch
         fits = f"a batch of {most} would fit" if most else "take a smaller model or window, or a GPU that has more"
         fits = f"--recompute takes {less:.1f}" if less < room else fits
         told = f"a step of {experiment.name} takes {all_of_it:.1f} GB of memory, there is room for {room:.1f}"
