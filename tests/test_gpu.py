@@ -51,6 +51,18 @@ def test_the_kernels_are_compiled_without_a_spilled_register(architecture, preci
             assert made["spilled"] <= most, (kernel.__name__, size)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
+@pytest.mark.parametrize(
+    "may, has, chosen", [("tf32", True, "tf32"), ("float32", True, "tf32x3"), ("tf32", False, "ieee")]
+)
+def test_a_kernel_multiplies_as_torch_may_and_the_gpu_can(may, has, chosen, monkeypatch):
+    from sleepedu.fast import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    with tf32(may, CUDA):
+        assert gpu.precision_of_products() == chosen
+
+
 @pytest.mark.parametrize(
     "precision, has_both, chosen",
     [

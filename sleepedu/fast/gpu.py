@@ -230,10 +230,10 @@ def decays(log_a, t, next, length, C: tl.constexpr):
 
 
 @triton.jit
-def system(alike, b, decay, tokens, C: tl.constexpr):
+def system(kk, b, decay, tokens, C: tl.constexpr):
     """Return (k_t . k_i) decay for i < t, and the inverse of what gives w, I + that times b_i; both (c, c)."""
     i = tl.arange(0, C)
-    alike = tl.where(i[:, None] > i[None, :], alike * decay, 0.0)
+    alike = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     lower = alike * b[None, :]
     inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for t in range(1, tokens):
@@ -281,9 +281,9 @@ def programs(q: Tensor, v: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
 
 def precision_of_products() -> str:
     """Return how exactly a kernel multiplies, as Triton calls it."""
-    if torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3" if torch.cuda.is_bf16_supported(including_emulation=False) else "ieee"  # TF32 came with bfloat16
+    if not torch.cuda.is_bf16_supported(including_emulation=False):  # nor has it TF32
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def sizes_of(d_k: int, d_v: int, precision: str) -> dict[str, Any]:
