@@ -81,8 +81,7 @@ def train(options: argparse.Namespace) -> None:
         runs = [experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)]
     for run in filter(None, runs):  # of torchrun's ranks the first one has it
         print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
-        depth_name = run.make_task().depth_name
-        print(*tables.aligned([{depth_name: depth, **asdict(a)} for depth, a in run.table.items()]), sep="\n")
+        print(*tables.aligned([{run.make_task().depth_name: d, **asdict(a)} for d, a in run.table.items()]), sep="\n")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -114,9 +113,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def probe(options: argparse.Namespace) -> None:
-    settings = _chosen(probes.Settings, options)
     runs = [run_store.load_run(run) for run in options.run]  # all of them are looked for before one is probed
-    found = [probes.probe_run(run, settings, options.runs) for run in runs]
+    found = [probes.probe_run(run, _chosen(probes.Settings, options), options.runs) for run in runs]
     if options.json:
         print(json.dumps([asdict(one) for one in found], indent=1))
         return
@@ -159,7 +157,7 @@ def finetune(options: argparse.Namespace) -> None:
     recompute = options.recompute is not False
     made = finetuning.finetune(settings, options.device, options.runs, watch, options.examples, recompute)
     print(f"{made.path}: {made.provenance['seconds']:.0f} s of training on {made.provenance['processor']}")
-    print(*tables.aligned([{"operations": depth, **asdict(a)} for depth, a in made.table.items()]), sep="\n")
+    print(*tables.aligned([{"operations": d, **asdict(a)} for d, a in made.table.items()]), sep="\n")
 
 
 def _fail(message: str, on_every_rank: bool = False) -> int:

@@ -60,6 +60,17 @@ def test_every_model_has_its_line_and_its_numbers(form):
     assert run.make_task().depth_name in shown
 
 
+def test_runs_of_an_older_recipe_stand_in_a_line_of_their_own():
+    run = next(run for run in STORED if run.settings["train"]["seed"] == 0)
+    seed_1 = replace(run, settings={**run.settings, "train": {**run.settings["train"], "seed": 1}})
+    older = replace(
+        run, settings={**run.settings, "train": {**run.settings["train"], "steps": 7}}, table={1: run.table[1]}
+    )
+    assert len(results.lines([run, seed_1])) == 2, "a title, and both in one line"
+    short, both = sorted(results.lines([run, seed_1, older])[1:], key=len)
+    assert short.split() == [run.name, f"{run.table[1].accuracy:.3f}"] and both.startswith(run.name + ",")
+
+
 def test_the_books_page_has_the_table_of_all_runs():
     page = (run_store.COMMITTED.parent / "results.md").read_text()
     source = [page]

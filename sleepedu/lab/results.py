@@ -76,20 +76,24 @@ def aligned(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
 
 def beside_stored(table: Table, run: Any, differs: Sequence[int]) -> list[str]:
     """Return the accuracies of a run measured anew as the lines of a table, marked at the depths where they differ."""
-    depth_name = run.make_task().depth_name
     stored = {d: {"stored": a.accuracy, "": "differs" if d in differs else ""} for d, a in run.table.items()}
-    return aligned([{depth_name: depth, **asdict(a), **stored[depth]} for depth, a in table.items()])
+    return aligned([{run.make_task().depth_name: d, **asdict(a), **stored[d]} for d, a in table.items()])
 
 
 def lines(runs: list[Run]) -> list[str]:
-    """Return the table as text for a terminal: runs that differ in their seed in one line, with all their names."""
+    """Return the table as text for a terminal: runs that differ in their seed alone in one line, with their names."""
     shown = []
     for (name, size), models in grouped(runs).items():
+        alike: dict[str, list[Run]] = defaultdict(list)
+        for run in (run for kind in models.values() for run in kind):  # an older recipe's has the label of today's
+            own = {"train": {**run.settings["train"], "seed": 0}, "trained_from": ""}
+            alike[label(run) + str(run.settings | own)].append(run)
+        depths = sorted({depth for kind in alike.values() for depth in kind[0].table})
         rows = []
-        for first, *others in models.values():
+        for first, *others in alike.values():
             mean = across_seeds([run.table for run in (first, *others)])
-            title = f"{name}, {size}: accuracy by {first.make_task().depth_name}"
             names = first.name + "".join(f",{run.experiment.seed}" for run in others)
-            rows.append({title: names} | {depth: a.accuracy for depth, a in mean.items()})
+            by_depth = {d: mean[d].accuracy if d in mean else None for d in depths}
+            rows.append({f"{name}, {size}: accuracy by {first.make_task().depth_name}": names} | by_depth)
         shown += ["", *aligned(rows)]
     return shown[1:]
