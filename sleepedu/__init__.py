@@ -7,7 +7,7 @@ of their runs, ``pictures`` the figures and sliders.
 
 from sleepedu._version import __version__
 from sleepedu.checkpoint import Checkpoint
-from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.evaluation import accuracy_by_depth, accuracy_by_pass
 from sleepedu.model import ModelConfig, SleepLM
 from sleepedu.progress import ProgressBar
 from sleepedu.session import Session
@@ -32,6 +32,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "accuracy_by_depth",
+    "accuracy_by_pass",
     "run_episode",
     "sleep",
     "sleep_until_settled",

@@ -1,18 +1,21 @@
 """Accuracy by depth, with the interval it is known to and the baseline it has to beat."""
 
+from collections.abc import Collection, Iterable, Iterator
+
 import torch
+from torch import Tensor
 
 from sleepedu import checks
 from sleepedu.intervals import Accuracy, Table, wilson_interval
 from sleepedu.model import SleepLM
-from sleepedu.sleep_loop import check_passes, run_episode
+from sleepedu.sleep_loop import check_passes, run_episode, sleep, wake
 from sleepedu.tasks.base import UNSCORED, Episode, Task, check_task
 from sleepedu.tasks.random_streams import TESTING, stream
+from sleepedu.trace import SleepTrace
 
 BATCH = 500  # examples that are read at once
 
 
-@torch.no_grad()
 def accuracy_by_depth(
     model: SleepLM, task: Task, passes: int, examples: int = 2000, seed: int = 0, batch: int = BATCH
 ) -> Table:
@@ -24,26 +27,49 @@ def accuracy_by_depth(
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
     outside 0..2^32 - 1, a vocabulary smaller than the task's or a scoring other than "each" and "all".
     """
-    check_passes(passes)
+    return accuracy_by_pass(model, task, [passes], examples, seed, batch)[passes]
+
+
+@torch.no_grad()
+def accuracy_by_pass(
+    model: SleepLM, task: Task, passes: Iterable[int], examples: int = 2000, seed: int = 0, batch: int = BATCH
+) -> dict[int, Table]:
+    """Return ``accuracy_by_depth`` of the model when woken after each of these numbers of passes: N -> table.
+
+    Where the text is one window they are passes of one sleep: together they take no longer than the most of them.
+    """
+    tables: dict[int, Table] = {n: {} for n in passes}
+    for n in tables:
+        check_passes(n)
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
     check_task(task, model.config.vocabulary)
     checks.has_numbers(device := model.head.weight.device)
-    table = {}
     for depth in task.depths:
-        right, episodes = 0.0, []
+        right, episodes = dict.fromkeys(tables, 0.0), []
         for number, start in enumerate(range(0, examples, batch)):
             generator = stream(seed, TESTING, 10_000 * (depth + 1) + number)
             episode = task.sample(min(batch, examples - start), generator, depth)
-            answers = run_episode(model, episode.to(device), passes).argmax(-1).cpu()
-            right += _share_right(task, answers == episode.targets, episode.asked).sum().item()
+            for n, logits in _woken(model, episode.to(device), tables):
+                hits = logits.argmax(-1).cpu() == episode.targets
+                right[n] += _share_right(task, hits, episode.asked).sum().item()
             episodes.append(episode)
         asking = sum(int(episode.asked.any(dim=1).sum()) for episode in episodes)
         if not asking:
             raise ValueError(f"the {task.name} task asks nothing at depth {depth}: all its targets are {UNSCORED}")
-        share, constant = right / asking, _right_by_constant(task, episodes) / asking
-        table[depth] = Accuracy(share, *wilson_interval(share, asking), asking, constant)
-    return table
+        constant = _right_by_constant(task, episodes) / asking
+        for n, table in tables.items():
+            share = right[n] / asking
+            table[depth] = Accuracy(share, *wilson_interval(share, asking), asking, constant)
+    return tables
+
+
+def _woken(model: SleepLM, episode: Episode, passes: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+    """Return each N with its logits; from one sleep, where that leaves S after every pass as shorter ones would."""
+    if len(passes) == 1 or episode.windows.shape[1] > 1 or model.config.eviction == "sliding" or model.in_coda:
+        return ((n, run_episode(model, episode, n)) for n in passes)
+    sleep(model, episode.windows[:, 0], passes=max(passes), trace=(trace := SleepTrace()))
+    return ((n, wake(model, episode.prompt, trace.S[0][n])) for n in passes)
 
 
 def check_examples(examples: int, batch: int = BATCH) -> None:
@@ -51,7 +77,7 @@ def check_examples(examples: int, batch: int = BATCH) -> None:
     checks.whole("examples", examples, least=1, most=10_000 * batch)
 
 
-def _share_right(task: Task, right: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+def _share_right(task: Task, right: Tensor, asked: Tensor) -> Tensor:
     """Return for every example the share of its answers that count as right, 0 where it asks nothing: (b,)."""
     if task.scoring == "all":
         return ((right | ~asked).all(dim=1) & asked.any(dim=1)).double()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sleepedu import evaluation
-from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.evaluation import accuracy_by_depth, accuracy_by_pass
 from sleepedu.intervals import Accuracy, across_seeds, differing, paired, wilson_interval
 from sleepedu.tasks import CellularAutomaton, GraphRetrieval
 
@@ -284,3 +284,21 @@ def test_an_example_that_asks_nothing_does_not_count_and_a_task_without_question
     )
     with pytest.raises(ValueError, match="the graph task asks nothing at depth 1"):
         accuracy_by_depth(make_model(), task, passes=1, examples=30)
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize(
+    "layout, settings", [("ag", {}), ("agga", {"carry": "inject"}), ("ag", {"eviction": "sliding"})]
+)
+def test_one_sleep_gives_what_as_many_sleeps_would(layout, settings, windows, make_model):
+    task = GraphRetrieval(nodes=4, hops=2, queries=3, windows=windows)
+    model = make_model(layout, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # so that a pass changes answers
+    tables = accuracy_by_pass(model, task, (3, 1, 2), examples=30, batch=20)
+    assert list(tables) == [3, 1, 2] and tables[1] != tables[3]
+    for n, table in tables.items():
+        assert table == accuracy_by_depth(model, task, n, examples=30, batch=20)
+    with pytest.raises(ValueError, match=r"passes \(N\)"):
+        accuracy_by_pass(model, task, (1, 0))

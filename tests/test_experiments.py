@@ -265,7 +265,7 @@ def test_from_another_start_it_is_another_run(going_on, tiny_experiment, copy_of
     other = experiments.run(replace(tiny_experiment, seed=5), "cpu", tmp_path, examples=5)
     shutil.rmtree(copy_of_run)
     other.path.rename(copy_of_run)
-    with pytest.raises(ValueError, match=r"the recipe of .*, or what it went on from, has changed since"):
+    with pytest.raises(ValueError, match=r"the recipe of .*, or its start, has changed since"):
         experiments.reproduce(made)
     again = experiments.run(going_on, "cpu", copy_of_run.parent, examples=5)
     assert again.settings["trained_from"] == other.weights != made.settings["trained_from"]

@@ -57,17 +57,12 @@ class Peer(NamedTuple):
     power: float
 
 
+QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
+FLA = {"scale": 1.0, "state_v_first": True}
 PEERS = {
-    "cpu": Peer(
-        *("transformers", "transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"), {}, 0.5
-    ),
-    "cuda": Peer(
-        *("flash-linear-attention", "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-        {"scale": 1.0, "state_v_first": True},
-        0.0,
-    ),
+    "cpu": Peer("transformers", QWEN, "torch_chunk_gated_delta_rule", {}, 0.5),
+    "cuda": Peer("flash-linear-attention", "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", FLA, 0.0),
 }
-
 Row = dict[str, Any]
 
 
@@ -103,9 +98,8 @@ def count_operations(function: Callable[[], object]) -> int:
     solve = {aten.linalg_solve_triangular: lambda A, right, **options: math.prod(A) * right[-1]}
     counter = FlopCounterMode(display=False, custom_mapping=solve)
     for end in ("", "_backward"):  # it knows how to count attention, but leaves out what that is called on a CPU
-        counter.flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = flop_registry[
-            getattr(aten, attention + end)
-        ]
+        known = flop_registry[getattr(aten, attention + end)]
+        counter.flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = known
     with without_compiled_rule(), counter:
         function()
     return counter.get_total_flops()
@@ -116,9 +110,8 @@ def time_rule(device: torch.device) -> Iterator[Row]:
     peer = PEERS[device.type]
     rules: dict[str, Callable] = {"ours": gated_delta_fast, "chunked": gated_delta_chunked}
     with contextlib.suppress(ImportError):
-        rules["theirs"] = partial(
-            _theirs, partial(getattr(importlib.import_module(peer.module), peer.name), **peer.options)
-        )
+        theirs = getattr(importlib.import_module(peer.module), peer.name)
+        rules["theirs"] = partial(_theirs, partial(theirs, **peer.options))
     for batch, heads, length, size in RULE_SHAPES[device.type]:
         draw = torch.Generator().manual_seed(0)
         q, k, v, do = (torch.randn(batch, length, heads, size, generator=draw) for _ in range(4))
@@ -127,9 +120,7 @@ def time_rule(device: torch.device) -> Iterator[Row]:
         *inputs, do = (x.to(device).transpose(1, 2) for x in tokens)  # in memory as projections are, (b, l, h, ...)
         S, dS = torch.zeros(2, batch, heads, size, size, device=device)
         given = [x.requires_grad_() for x in (*inputs, S)]
-        ways: dict[str, Callable] = {
-            way: partial(_there_and_back, rule, given, (do, dS)) for way, rule in rules.items()
-        }
+        ways: dict[str, Callable] = {w: partial(_there_and_back, rule, given, (do, dS)) for w, rule in rules.items()}
         row: Row = {"batch": batch, "heads": heads, "length": length, "size": size}
         with tf32("auto", device):
             if "theirs" in ways:
@@ -221,6 +212,7 @@ def time_answer(device: torch.device) -> Iterator[Row]:
     # The cache is filled with random numbers: to read that much takes a time that grows with its square, and how long
     # an answer takes does not depend on what is in the cache.
     transformer = SleepLM(replace(MODEL, layout="a" * len(MODEL.layout))).to(device).eval()
+    size = MODEL.width // MODEL.heads
 
     @torch.no_grad()
     def answer(cache: list[WindowCache]) -> Tensor:
@@ -228,9 +220,7 @@ def time_answer(device: torch.device) -> Iterator[Row]:
 
     for read in READ_BEFORE:
         try:
-            kept = [
-                torch.randn(2, 1, MODEL.heads, read, MODEL.width // MODEL.heads, device=device) for _ in MODEL.layout
-            ]
+            kept = [torch.randn(2, 1, MODEL.heads, read, size, device=device) for _ in MODEL.layout]
             row = alternately({"": partial(answer, [WindowCache(*layer) for layer in kept])}, device, 100)[""]
         except RuntimeError as error:  # out of memory
             if "memory" in str(error):

@@ -158,9 +158,7 @@ def reproduce(
     holds the run itself, or its device is not there.
     """
     if begin(stored.experiment, stored.path.parent)[0] != stored.settings:
-        raise ValueError(
-            f"the recipe of {stored.name}, or what it went on from, has changed since: it cannot be trained again"
-        )
+        raise ValueError(f"the recipe of {stored.name}, or its start, has changed since: it cannot be trained again")
     made, threads = stored.provenance, torch.get_num_threads()
     how: dict[str, Any] = {"starts": stored.path.parent, "committed": False}
     how |= {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False)}

@@ -41,6 +41,7 @@ SMALL = {"layout": "ag", "width": 32, "heads": 2}
 SHORT = {"steps": 300, "batch": 64}
 RING = {"nodes": 8, "hops": 4, "queries": 8}
 ON_RINGS = {"steps": 3000, "batch": 64, "adam_learning_rate": 0.005}
+LONG = {"steps": 10_000, "batch": 64}
 LONG_ROWS = {"cells": 20, "steps": (1, 2, 3, 4, 5, 6, 7, 8), "ask": "mixed", "held_out": 0.1}
 PAPER = {"learning_rate": 0.002, "adam_learning_rate": 5e-5, "warmup": 1000}
 AS_STORED = {"longer": 4, "deeper": 1}  # times the steps: at least what N = 4 costs, up to 1.6 times as much
@@ -71,14 +72,12 @@ RECIPES = {
     ("rule110", "held_out"): Recipe(
         LONG_ROWS,
         {"layout": "ag", "positions": 20},
-        {"steps": 10_000, "batch": 64},
+        LONG,
         learning_rates={1: 0.005, 2: 0.005, 8: 0.005},
         control_steps={"longer": 2.682},  # as stored: what N = 4 costs, and a hair more
     ),
     # The same in half the width, which has room for fewer steps that a block could look up at once.
-    ("rule110", "narrow"): Recipe(
-        LONG_ROWS, {**SMALL, "positions": 20}, {"steps": 10_000, "batch": 64}, learning_rates={1: 0.005}
-    ),
+    ("rule110", "narrow"): Recipe(LONG_ROWS, {**SMALL, "positions": 20}, LONG, learning_rates={1: 0.005}),
     ("rule110", "colab"): Recipe(
         {"cells": 24, "steps": tuple(range(1, 13)), "ask": "mixed", "held_out": 0.1},
         {**WIDE, "positions": 24},

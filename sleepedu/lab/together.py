@@ -57,15 +57,13 @@ def run_together(
     """
     check_examples(examples)
     where, first = find_device(device), experiments[0]
-    for experiment in experiments:
-        may = {name: getattr(experiment, name) for name in ("seed", "learning_rate", "trained_from")}
-        if replace(first, **may) != experiment:
-            raise ValueError(
-                f"{experiment.name} cannot be trained together with {first.name}: only seed and rate differ"
-            )
-        if experiment.train_config.precision.endswith("16"):
-            raise ValueError(f"precision {experiment.precision!r} is for single runs: together they train in float32")
-        if experiment.eviction == "sliding":
+    for e in experiments:
+        may = {name: getattr(e, name) for name in ("seed", "learning_rate", "trained_from")}
+        if replace(first, **may) != e:
+            raise ValueError(f"{e.name} cannot be trained together with {first.name}: only seed and rate may differ")
+        if e.train_config.precision.endswith("16"):
+            raise ValueError(f"precision {e.precision!r} is for single runs: together they train in float32")
+        if e.eviction == "sliding":
             raise ValueError("sliding windows are for single runs: trained together, models keep no cache")
     folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
     begun = {experiment.name: begin(experiment, directory) for experiment in experiments}  # settings and weights
@@ -81,8 +79,7 @@ def run_together(
         data = {name: torch.stack([batch[name] for batch in batches]).to(where) for name in batches[0]}
         own = [streams.index(config.seed) for config in configs]
         compile = configs[0].steps >= 1000 and can_compile(where)
-        exact = where.type != "cuda" or configs[0].precision == "float32"
-        precision = "float32" if exact else "tf32"
+        precision = "tf32" if where.type == "cuda" and configs[0].precision != "float32" else "float32"
         with tf32(precision, where):
             histories = train_together([m.to(where) for m in models], configs, data, own, compile, watch)
         tokens, constant = configs[0].batch * task.tokens_per_example, majority_loss(task)
@@ -266,12 +263,14 @@ def each(x: Tensor, weight: Tensor) -> Tensor:
     return (x.reshape(len(weight), -1, x.shape[-1]) * weight[:, None]).view(x.shape)
 
 
-class StackedLinear(nn.Module):
-    """K linear layers: weight (k, out, in), bias (k, out) or None; (k b, l, in) -> (k b, l, out)."""
-
+class Stacked(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
         super().__init__()
         self.weight, self.bias = weight, bias
+
+
+class StackedLinear(Stacked):
+    """K linear layers: weight (k, out, in), bias (k, out) or None; (k b, l, in) -> (k b, l, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.reshape(len(self.weight), -1, x.shape[-1]) @ self.weight.mT  # (k, b l, out)
@@ -279,23 +278,15 @@ class StackedLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class StackedNorm(nn.Module):
+class StackedNorm(Stacked):
     """K RMSNorms: weight (k, w)."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         return each(F.rms_norm(x, x.shape[-1:], eps=EPSILON), self.weight)
 
 
-class StackedEmbedding(nn.Module):
+class StackedEmbedding(Stacked):
     """K embeddings of a small vocabulary, weight (k, V, w), as a product: its gradient is one, too."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         words = torch.arange(self.weight.shape[1], device=tokens.device)

@@ -1,22 +1,18 @@
 """Tables of words and numbers, the same in every chapter: HTML for a page, text where there is none."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from IPython.display import display
+from IPython.display import HTML, display
 
 from sleepedu.intervals import Accuracy
 
 
-@dataclass(repr=False)
-class _Shown:
-    page: str
-    text: str
-
-    def _repr_html_(self) -> str:
-        return self.page
+class _Table(HTML):
+    def __init__(self, page: str, text: str):
+        super().__init__(page)
+        self.text = text
 
     def __repr__(self) -> str:
         return self.text
@@ -47,7 +43,7 @@ def show_table(head: Sequence[str], *rows: Sequence[Any], caption: str = "") -> 
     title = f"<caption>{escape(caption)}</caption>" * bool(caption)
     top, *body = (f"<tr>{cells}</tr>" for cells in page)
     whole = f'<table class="dataframe">{title}<thead>{top}</thead><tbody>{"".join(body)}</tbody></table>'
-    display(_Shown(whole, "\n".join(text)))
+    display(_Table(whole, "\n".join(text)))
 
 
 def _word(value: Any) -> str:

@@ -128,10 +128,8 @@ class MathReasoning(Task):
             depths = torch.randint(depth or 1, (depth or self.operations) + 1, (batch, 1), generator=generator)
             asked = graph.any_of(depths)
             targets, prompt = graph.digit.gather(1, asked), torch.full((batch, 1), self.words.index("="))
-            what, does, show, mark = (
-                torch.full_like(asked, self.words.index(word)) for word in ("what", "does", "show", "?")
-            )
-            sentences = torch.cat((what, does, names[row, asked].flatten(1), show, mark, sentences), dim=1)
+            what, does, show, end = (torch.full_like(asked, self.words.index(w)) for w in ("what", "does", "show", "?"))
+            sentences = torch.cat((what, does, names[row, asked].flatten(1), show, end, sentences), dim=1)
         blank = self.words.index("_")
         text = F.pad(sentences, (self.windows, 0), value=blank)  # for windows that do not come out even
         text = text.gather(1, (text != blank).argsort(dim=1, stable=True))  # all padding to the left
