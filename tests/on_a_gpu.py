@@ -53,8 +53,10 @@ def on_both(make, *arguments, **settings):
     return make(*arguments, **settings), make(*arguments, **settings).to("cuda")
 
 
-@pytest.mark.parametrize("carry", CARRIES)
-@pytest.mark.parametrize("layout", ["a", "g", "agag", "gga", "AA"])
+@pytest.mark.parametrize(
+    "layout, carry",
+    [*(("agag", carry) for carry in CARRIES), *((layout, "hidden") for layout in ("a", "g", "gga", "AA"))],
+)
 def test_an_episode_and_its_gradients(layout, carry, make_model):
     passes = 1 if layout == "AA" else 3
     positions = 0 if layout == "AA" else 6

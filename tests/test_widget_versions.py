@@ -30,7 +30,7 @@ def environment(version):
 
 def test_the_tests_of_explorers_pass_under_ipywidgets_7():
     tests = "import sys, ipywidgets, pytest; print(ipywidgets.__version__); sys.exit(pytest.main(sys.argv[1:]))"
-    options = ["-p", "no:cacheprovider", str(ROOT / "tests" / "test_explore_and_figures.py")]
+    options = ["-p", "no:cacheprovider", str(ROOT / "tests" / "test_explorer.py")]
     command = [sys.executable, "-c", tests, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment("7.7.1"), cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
