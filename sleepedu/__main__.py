@@ -113,8 +113,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def probe(options: argparse.Namespace) -> None:
+    settings = _chosen(probes.Settings, options)
     runs = [run_store.load_run(run) for run in options.run]  # all of them are looked for before one is probed
-    found = [probes.probe_run(run, _chosen(probes.Settings, options), options.runs) for run in runs]
+    found = [probes.probe_run(run, settings, options.runs) for run in runs]
     if options.json:
         print(json.dumps([asdict(one) for one in found], indent=1))
         return

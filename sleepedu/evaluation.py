@@ -59,8 +59,7 @@ def accuracy_by_pass(
             raise ValueError(f"the {task.name} task asks nothing at depth {depth}: all its targets are {UNSCORED}")
         constant = _right_by_constant(task, episodes) / asking
         for n, table in tables.items():
-            share = right[n] / asking
-            table[depth] = Accuracy(share, *wilson_interval(share, asking), asking, constant)
+            table[depth] = Accuracy(right[n] / asking, *wilson_interval(right[n] / asking, asking), asking, constant)
     return tables
 
 
