@@ -38,9 +38,9 @@ def accuracy_by_pass(
 
     Where the text is one window they are passes of one sleep: together they take no longer than the most of them.
     """
-    tables: dict[int, Table] = {n: {} for n in passes}
-    for n in tables:
+    for n in (passes := list(passes)):
         check_passes(n)
+    tables: dict[int, Table] = {n: {} for n in passes}
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
     check_task(task, model.config.vocabulary)

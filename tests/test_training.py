@@ -364,7 +364,7 @@ def test_gradients_that_are_too_large_for_float16_are_skipped_by_both_optimizers
     easy = replace(TASK, hops=1)
     config = TrainConfig(steps=100, batch=16, warmup=5, adam_learning_rate=0.1, precision=precision)
     history = train(model, easy, config)
-    assert history.loss[-1] < history.majority_loss < history.loss[0] / 10
+    assert sum(history.loss[-10:]) / 10 < history.loss[0] / 50  # with every step skipped it would stay
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
