@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sleepedu import checks
 from sleepedu.fast.compiling import compiled_blocks, keep_freed_memory
+from sleepedu.fast.muon import Muon
 from sleepedu.fast.precision import PRECISIONS, autocast, choose_precision, tf32
 from sleepedu.fast.recording import Recorded
 from sleepedu.model import SleepLM
@@ -244,7 +245,7 @@ def score(logits: Tensor, episode: Episode, whole: Episode | None = None) -> tup
 
 
 def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return torch's Muon for the matrices inside the blocks, AdamW for everything else, with betas as in section 6.
+    """Return Muon for the matrices inside the blocks, AdamW for everything else, with betas as in section 6.
 
     Gates count with the rest: they are a few rows, not a hidden matrix.
     """
@@ -254,7 +255,7 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
         matrix = parameter.ndim == 2 and name.endswith("weight") and name.startswith(("layers.", "inject."))
         (hidden if matrix and not any(part in name for part in model.not_hidden) else rest).append(parameter)
     decay = config.weight_decay
-    muon = torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=decay, momentum=0.95)
+    muon = Muon(hidden, lr=config.learning_rate, weight_decay=decay, momentum=0.95)
     adam = torch.optim.AdamW(rest, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)
     for group in (*muon.param_groups, *adam.param_groups):
         group["initial_lr"] = group["lr"]

@@ -23,7 +23,7 @@ FLOORS = (  # from the ground up; the rooms of one floor know nothing of each ot
     "fast/cpp fast/gpu fast/memory",
     "fast/operator",
     "fast/__init__",
-    "fast/compiling fast/precision fast/recording",
+    "fast/compiling fast/muon fast/precision fast/recording",
     "layers",
     "model",
     "sleep_loop",
@@ -57,7 +57,7 @@ FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
 # Lines; what is fast has a naive form elsewhere, and nothing else needs what is pretrained.
-LIMITS = {"core": 1050, "all but fast": 5000, "fast": 750, "pretrained": 785}
+LIMITS = {"core": 1050, "all but fast": 5000, "fast": 795, "pretrained": 785}
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader
 from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast import fast_rule
 from sleepedu.fast.compiling import can_compile, compiled_blocks
+from sleepedu.fast.muon import orthogonal
 from sleepedu.fast.precision import tf32
 from sleepedu.fast.recording import recorded
 from sleepedu.lab import run_store
@@ -182,10 +182,7 @@ def score(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class Optimizers:
-    """Muon and AdamW as ``make_optimizers`` has them for one of the models, for all k with rates of their own.
-
-    torch's Muon takes one matrix at a time.
-    """
+    """Muon and AdamW as ``make_optimizers`` has them for one of the models, for all k with rates of their own."""
 
     def __init__(self, stacked: SleepLM, single: SleepLM, configs: Sequence[TrainConfig]):
         muon, adam = make_optimizers(single, configs[0])
@@ -227,18 +224,6 @@ class Optimizers:
         self.square.mul_(b2).addcmul_(g, g, value=1 - b2)
         self.flat.mul_(1 - rate * self.adam["weight_decay"])
         self.flat.sub_(rate / mean_known * self.mean / (self.square.sqrt() / square_known + self.adam["eps"]))
-
-
-def orthogonal(matrices: Tensor, muon: dict[str, Any]) -> Tensor:
-    """Return what torch's Muon, of these settings, makes of each of the matrices (k, m, n): singular values near 1."""
-    a, b, c = muon["ns_coefficients"]
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / x.flatten(1).norm(dim=1).clamp(min=muon["eps"])[:, None, None]
-    for _ in range(muon["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
 
 
 def stack(models: Sequence[SleepLM]) -> SleepLM:

@@ -1,0 +1,43 @@
+"""Muon in numbers that the device multiplies fast.
+
+torch's own multiplies in bfloat16. A GPU has instructions for that, most CPUs imitate it: on a core of one with AVX2
+alone, a compiled step of the laptop model took 92 ms with one pass and 170 with four, and takes 55 and 144 in float32.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Nesterov's momentum, rates for tall matrices as in its original) with the ``orthogonal`` below."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Move every matrix that has a gradient."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for matrix in (matrix for matrix in group["params"] if matrix.grad is not None):
+                mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                mean.lerp_(matrix.grad, 1 - momentum)
+                update = orthogonal(matrix.grad.lerp(mean, momentum), group)
+                taller = math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+                matrix.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * taller)
+
+
+def orthogonal(matrices: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Return matrices (..., m, n) with all their singular values brought near 1, by Newton and Schulz's iteration.
+
+    settings: those of an optimizer's group: ns_coefficients, ns_steps, eps.
+    """
+    a, b, c = settings["ns_coefficients"]
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=settings["eps"])
+    for _ in range(settings["ns_steps"]):
+        gram = x @ x.mT  # (..., k, k) for the shorter side k
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
