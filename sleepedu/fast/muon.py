@@ -16,28 +16,32 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Move every matrix that has a gradient."""
+        """Move every matrix that has a gradient; those of one shape at once, in as many fewer kernels."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
-            for matrix in (matrix for matrix in group["params"] if matrix.grad is not None):
-                mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-                mean.lerp_(matrix.grad, 1 - momentum)
-                update = orthogonal(matrix.grad.lerp(mean, momentum), group)
-                taller = math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
-                matrix.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * taller)
+            held = [matrix for matrix in group["params"] if matrix.grad is not None]
+            for shape in dict.fromkeys(matrix.shape for matrix in held):
+                matrices = [matrix for matrix in held if matrix.shape == shape]
+                ahead = []
+                for matrix in matrices:
+                    mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                    ahead.append(matrix.grad.lerp(mean.lerp_(matrix.grad, 1 - momentum), momentum))
+                taller = math.sqrt(max(1, shape[0] / shape[1]))
+                for matrix, update in zip(matrices, orthogonal(torch.stack(ahead), group), strict=True):
+                    matrix.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * taller)
 
 
 def orthogonal(matrices: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Return matrices (..., m, n) with all their singular values brought near 1, by Newton and Schulz's iteration.
+    """Return matrices (k, m, n) with all their singular values brought near 1, by Newton and Schulz's iteration.
 
     settings: those of an optimizer's group: ns_coefficients, ns_steps, eps.
     """
     a, b, c = settings["ns_coefficients"]
-    tall = matrices.shape[-2] > matrices.shape[-1]
+    tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x.bfloat16() if x.is_cuda else x.float()
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=settings["eps"])
     for _ in range(settings["ns_steps"]):
-        gram = x @ x.mT  # (..., k, k) for the shorter side k
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = x @ x.mT  # (k, s, s), s the shorter side
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
