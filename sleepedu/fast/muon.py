@@ -24,7 +24,8 @@ class Muon(torch.optim.Muon):
                 matrices = [matrix for matrix in held if matrix.shape == shape]
                 ahead = []
                 for matrix in matrices:
-                    mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                    if (mean := self.state[matrix].get("momentum_buffer")) is None:
+                        mean = self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
                     ahead.append(matrix.grad.lerp(mean.lerp_(matrix.grad, 1 - momentum), momentum))
                 taller = math.sqrt(max(1, shape[0] / shape[1]))
                 for matrix, update in zip(matrices, orthogonal(torch.stack(ahead), group), strict=True):
