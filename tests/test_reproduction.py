@@ -51,6 +51,14 @@ def test_another_machine_may_differ_by_no_more_than_chance(tiny_run):
     assert [line.split()[0] for line in lines if line.endswith("1.000   differs")] == ["1"]
 
 
+def test_a_run_from_before_muon_multiplied_in_float32_on_a_cpu_is_made_differently(tiny_run):
+    assert tiny_run.provenance["muon"] == "float32"
+    before = changed(tiny_run)
+    del before.provenance["muon"]
+    lines, reproduced = experiments.compare(before, tiny_run)
+    assert reproduced and lines[0].endswith("differently: muon bfloat16, now float32")
+
+
 def test_other_weights_and_another_history_are_told(tiny_run, tmp_path):
     other = experiments.run(replace(tiny_run.experiment, seed=1), "cpu", tmp_path, examples=20)
     lines, reproduced = experiments.compare(replace(tiny_run, settings=other.settings), other)

@@ -32,15 +32,17 @@ class Muon(torch.optim.Muon):
                     matrix.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * taller)
 
 
-def orthogonal(matrices: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Return matrices (k, m, n) with all their singular values brought near 1, by Newton and Schulz's iteration.
+def products_in(device: torch.device) -> torch.dtype:
+    """Return what a device multiplies in here."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    settings: those of an optimizer's group: ns_coefficients, ns_steps, eps.
-    """
+
+def orthogonal(matrices: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Return matrices (k, m, n) with all singular values near 1, by Newton and Schulz; settings: an optimizer's."""
     a, b, c = settings["ns_coefficients"]
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x.to(products_in(x.device))
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=settings["eps"])
     for _ in range(settings["ns_steps"]):
         gram = x @ x.mT  # (k, s, s), s the shorter side

@@ -28,8 +28,9 @@ from sleepedu.sleep_loop import run_episode
 from sleepedu.tasks.base import Episode
 from sleepedu.training import History, TrainConfig, rank_and_ranks, score, train
 
-# What rounding can depend on, as it stands in a run's provenance; a run from before one was noted did without.
+# What rounding can depend on, as it stands in a run's provenance; and what a run had from before it was noted.
 ALIKE = ("device", "processor", "threads", "ranks", "compiled", "recomputed", "kernel", "python", "torch", "numpy")
+BEFORE = {**dict.fromkeys(ALIKE, False), "muon": "bfloat16"}
 
 
 def run(
@@ -188,8 +189,8 @@ def compare(stored: Run, again: Run) -> tuple[list[str], bool]:
     """
     if again.settings != stored.settings:
         raise ValueError(f"{again.path} is of a run with other settings: train again in another folder")
-    was, became = ({name: r.provenance.get(name, False) for name in ALIKE} for r in (stored, again))
-    other = "; ".join(f"{name} {was[name]}, now {became[name]}" for name in ALIKE if was[name] != became[name])
+    was, became = ({name: r.provenance.get(name, before) for name, before in BEFORE.items()} for r in (stored, again))
+    other = "; ".join(f"{name} {was[name]}, now {became[name]}" for name in BEFORE if was[name] != became[name])
     same_history = replace(stored.history, seconds=[]) == replace(again.history, seconds=[])
     losses = f"differs: last loss {stored.history.loss[-1]} stored, {again.history.loss[-1]} now"
     gap, weights = 0.0, "not stored, so not compared"

@@ -23,6 +23,7 @@ from sleepedu import checks, storage
 from sleepedu._version import __version__
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.fast import cpp_is_available, triton_is_available
+from sleepedu.fast.muon import products_in
 from sleepedu.intervals import Accuracy, Table
 from sleepedu.lab.compute import training_operations
 from sleepedu.lab.recipes import Experiment
@@ -191,6 +192,7 @@ def save_run(
         "seconds": history.seconds[-1],
         "tokens": history.step[-1] * history.tokens_per_step,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "muon": str(products_in(model.head.weight.device)).removeprefix("torch."),
         **made,
     }
     stored = {
