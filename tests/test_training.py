@@ -390,9 +390,9 @@ def test_gradients_that_are_too_large_for_float16_are_skipped_by_both_optimizers
     with torch.no_grad():
         model.head.weight.mul_(100)
     easy = replace(TASK, hops=1)
-    config = TrainConfig(steps=100, batch=16, warmup=5, adam_learning_rate=0.1, precision=precision)
+    config = TrainConfig(steps=300, batch=16, warmup=5, adam_learning_rate=0.1, precision=precision)
     history = train(model, easy, config)
-    assert sum(history.loss[-10:]) / 10 < history.loss[0] / 50  # with every step skipped it would stay
+    assert sum(history.loss[-10:]) / 10 < history.majority_loss < history.loss[0] / 10
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
