@@ -57,7 +57,7 @@ FACE = {"__init__", "__main__"}
 GROUND = {"checks"}  # what every room may stand on
 NEEDED = {"core", "fast", "tasks"}  # the rooms that training a task may enter
 # Lines; what is fast has a naive form elsewhere, and nothing else needs what is pretrained.
-LIMITS = {"core": 1050, "all but fast": 5000, "fast": 800, "pretrained": 785}
+LIMITS = {"core": 1050, "all but fast": 5000, "fast": 812, "pretrained": 785}
 Lines = dict[str, int]  # of every file
 Imports = dict[str, set[str]]
 

@@ -155,10 +155,13 @@ def test_one_can_do_without(calls):
 
 
 @pytest.fixture
-def fresh(monkeypatch):
+def fresh(monkeypatch, tmp_path):
+    """Nothing is compiled yet; return the folder in which it will be kept."""
     monkeypatch.setattr(fast, "_cpp", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(cpp, "FLAGS", ("-O0", *cpp.FLAGS[1:]))  # is compiled in no time
     cpp.compiled_code.cache_clear()
-    yield
+    yield tmp_path / "torch" / "hub"
     cpp.compiled_code.cache_clear()
 
 
@@ -167,7 +170,9 @@ def test_without_a_compiler_there_is_none(fresh, monkeypatch):
     assert not fast.cpp_is_available()
 
 
-@pytest.mark.parametrize("script", ["exit 1", "echo nothing > ${@: -1}", "sleep 0"])
+@pytest.mark.parametrize(
+    "script", ["exit 1", 'if [ "${@: -2:1}" = -o ]; then echo nothing > "${@: -1}"; fi', "sleep 0"]
+)
 def test_a_compiler_that_fails_is_as_good_as_none(fresh, monkeypatch, tmp_path, script):
     compiler = tmp_path / "g++"
     compiler.write_text(f"#!/bin/bash\n{script}\n")
@@ -192,6 +197,30 @@ def test_importing_loads_no_compiler_and_needs_no_place_to_write():
 
 
 @compiled
+def test_it_is_compiled_once_for_all_processes_and_again_where_what_was_kept_is_broken(fresh, monkeypatch, tmp_path):
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(
+        cpp.subprocess, "run", lambda command, **how: calls.append("-o" in command) or run(command, **how)
+    )
+
+    def compilations():
+        calls.clear()
+        cpp.compiled_code.cache_clear()
+        assert cpp.compiled_code() is not None
+        return sum(calls)
+
+    assert (compilations(), compilations()) == (1, 0)
+    (kept,) = fresh.iterdir()
+    broken = tmp_path / "other" / "hub" / kept.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "other"))
+    assert compilations() == 1 and broken.stat().st_size == kept.stat().st_size
+    monkeypatch.setattr(cpp, "FURTHER", ((),))
+    assert compilations() == 1, "for other processors the code is another"
+
+
+@compiled
 def test_a_compiler_without_openmp_and_native_will_do(fresh, monkeypatch):
     monkeypatch.setattr(cpp, "FURTHER", (("-fno-such-flag",), ()))
     inputs = make_inputs(2, 2, 70, 64, 4, dtype=torch.float32)
@@ -207,7 +236,8 @@ def test_wrong_shape_is_named(wrong):
 
 
 @compiled
-def test_processes_that_start_together_do_not_meet():
+def test_processes_that_start_together_do_not_meet(tmp_path):
     code = "from sleepedu import fast; assert fast.cpp_is_available()"
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    environment = os.environ | {"TORCH_HOME": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in started] == [0, 0]
