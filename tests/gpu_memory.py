@@ -8,7 +8,7 @@ import json
 from sleepedu.lab.experiments import step_bytes
 from sleepedu.lab.recipes import RECIPES, Experiment
 
-CARDS = {"colab": 16e9, "mixture": 80e9, "paper": 80e9}  # bytes: a T4; an A100 or H100
+CARDS = {"colab": 16e9, "paper": 80e9}  # bytes: a T4; an A100 or H100
 PASSES = 4
 
 
