@@ -45,9 +45,10 @@ class Session:
 
     @property
     def held_bytes(self) -> int:
-        """What is kept between two tokens, S and the window's cache, in bytes."""
+        """What is kept between two tokens, in bytes: S, the window's cache, and for N > 1 what the sleep begins with."""
         layers = (*self._cache, *(self._left or ()))
-        held = (*self.S, *(part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor)))
+        cached = (part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor))
+        held = (*self.S, *cached, *(tensor for pair in self._read for tensor in pair))
         return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
     @torch.no_grad()
