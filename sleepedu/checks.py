@@ -23,12 +23,12 @@ def seed(value: object) -> None:
     whole("seed", value, least=0, most=MOST_SEED)
 
 
-def different(name: str, values: object, least: int) -> None:
-    """Raise ValueError, which names the setting, unless values is a tuple of different ints of at least ``least``."""
+def different(name: str, values: object) -> None:
+    """Raise ValueError, which names the setting, unless values is a tuple of different ints of at least 1."""
     if not isinstance(values, tuple):
         raise ValueError(f"{name} must be a tuple of whole numbers, got {values!r}")
     for value in values:
-        whole(f"each of {name} {values}", value, least)
+        whole(f"each of {name} {values}", value, least=1)
     if len(set(values)) < len(values):
         raise ValueError(f"{name} must be different numbers, got {values}")
 

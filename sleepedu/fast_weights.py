@@ -101,29 +101,23 @@ def gated_delta_chunked(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     outputs = []
-    pieces = -(-q.shape[2] // chunk)
-    for piece in zip(*(tensor.chunk(pieces, dim=2) for tensor in (q, k, v, log_a, b)), strict=True):
-        o, S = _one_chunk(corrects, S, *piece)
-        outputs.append(o)
+    pieces = (tensor.chunk(-(-q.shape[2] // chunk), dim=2) for tensor in (q, k, v, log_a, b))
+    for q, k, v, log_a, b in zip(*pieces, strict=True):
+        length = q.shape[2]
+        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)  # (t, i): i > t
+        # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and
+        # so would its gradient.
+        steps = log_a[..., :, None].masked_fill(later.mT.logical_not(), 0)  # (b, h, t, i): log a_t where t > i
+        decay = steps.cumsum(dim=-2).masked_fill(later, -torch.inf).exp()  # (b, h, t, i): e^(g_t - g_i)
+        e = log_a.cumsum(-1).exp()[..., None]  # (b, h, t, 1): e^(g_t)
+        w = v
+        if corrects:
+            A = k @ k.mT * decay * b[..., None, :]  # (b, h, t, i); the solver takes its diagonal for ones
+            w = torch.linalg.solve_triangular(A, v - e * (k @ S.mT), upper=False, unitriangular=True)  # (b, h, t, d_v)
+        u = b[..., None] * w  # (b, h, t, d_v): what is really written
+        outputs.append(e * (q @ S.mT) + (q @ k.mT * decay) @ u)  # (b, h, t, d_v)
+        S = e[..., -1:, :] * S + u.mT @ (decay[..., -1, :, None] * k)
     return torch.cat(outputs, dim=2), S
-
-
-def _one_chunk(corrects: bool, S: Tensor, *piece: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, log_a, b = piece
-    length = q.shape[2]
-    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)  # (t, i): i > t
-    # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and so
-    # would its gradient.
-    steps = log_a[..., :, None].masked_fill(later.mT.logical_not(), 0)  # (b, h, t, i): log a_t where t > i
-    decay = steps.cumsum(dim=-2).masked_fill(later, -torch.inf).exp()  # (b, h, t, i): e^(g_t - g_i)
-    e = log_a.cumsum(-1).exp()[..., None]  # (b, h, t, 1): e^(g_t)
-    w = v
-    if corrects:
-        A = k @ k.mT * decay * b[..., None, :]  # (b, h, t, i); the solver takes its diagonal for ones
-        w = torch.linalg.solve_triangular(A, v - e * (k @ S.mT), upper=False, unitriangular=True)  # (b, h, t, d_v)
-    u = b[..., None] * w  # (b, h, t, d_v): what is really written
-    o = e * (q @ S.mT) + (q @ k.mT * decay) @ u  # (b, h, t, d_v)
-    return o, e[..., -1:, :] * S + u.mT @ (decay[..., -1, :, None] * k)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, S: Tensor) -> None:

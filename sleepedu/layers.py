@@ -42,6 +42,13 @@ class WindowCache:
         mask = torch.ones(length, self.seen + length, dtype=torch.bool, device=device).tril(self.seen)
         return mask.triu(self.seen - self.reach + 1) if self.reach else mask
 
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put keys and values (b, h, l, d) behind those that are there; return all. Blocks of transformers call it."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
     def slide(self) -> "WindowCache":
         """Return the cache without the keys that no later token sees."""
         if self.keys is None or self.values is None:
@@ -69,10 +76,7 @@ class CausalAttention(nn.Module):
         qk, v = self.project(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
         qk = rotate(qk.transpose(1, 2), start=place).transpose(1, 2)  # (b, l, 2 h, d)
         q, k, v = (each.transpose(1, 2) for each in (*qk.chunk(2, dim=2), v))  # (b, h, l, d)
-        if cache.keys is not None and cache.values is not None:
-            k = torch.cat((cache.keys, k), dim=2)  # (b, h, seen + l, d)
-            v = torch.cat((cache.values, v), dim=2)  # (b, h, seen + l, d)
-        cache.keys, cache.values = k, v
+        k, v = cache.update(k, v)  # (b, h, seen + l, d)
         causal = mask is None and x.shape[1] > 1
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (b, h, l, d)
         return self.out(rearrange(o, "b h l d -> b l (h d)"))  # (b, l, w)
@@ -97,6 +101,8 @@ class FastWeightMixer(nn.Module):
     a = exp(-exp(A) softplus(W_a x + dt)) and b = write_range * sigmoid(W_b x). S is float32 under autocast too.
     rule: a name in ``model.RULES``; a gate that it ignores is there and does nothing.
     """
+
+    scale: Any = staticmethod(torch.mul)  # (..., h) by a parameter (h,); ``lab.together`` has another, for many models
 
     def __init__(
         self, width: int, heads: int, key_size: int, value_size: int, convolution: int, write_range: float,
@@ -134,7 +140,8 @@ class FastWeightMixer(nn.Module):
         forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (b, l, h)
         d = qk.shape[-1]  # a vector of unit length has a mean square of 1 / d
         q, k = F.rms_norm(qk, (d,), qk.new_full((d,), d**-0.5), EPSILON**2 / d).chunk(2, dim=2)  # (b, l, h, d)
-        log_a, b = -self.decay_rate.exp() * F.softplus(forget), self.write_range * write.sigmoid()  # (b, l, h)
+        log_a = self.scale(F.softplus(forget), -self.decay_rate.exp())  # (b, l, h)
+        b = self.write_range * write.sigmoid()  # (b, l, h)
         return RuleInputs(q.transpose(1, 2), k.transpose(1, 2), v, log_a.mT, b.mT, gate)
 
     def convolve(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:

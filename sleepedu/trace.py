@@ -1,7 +1,7 @@
 """What happened in every pass of a sleep: the fast weights and the hidden states, kept for looking at."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -31,15 +31,11 @@ class SleepTrace:
     def watch(self, model: SleepLM) -> Iterator[None]:
         """Keep what the model's blocks do meanwhile, as one pass over the present window."""
         seen: dict = {}  # what every block returned, by its place in the model
-        hooks = [
-            block.register_forward_hook(lambda *call, place=place: seen.update({place: call[-1]}))
-            for place, block in enumerate(model.layers)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for place, block in enumerate(model.layers):
+                hook = block.register_forward_hook(lambda *call, place=place: seen.update({place: call[-1]}))
+                hooks.enter_context(hook)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.h[-1].append(torch.stack([h.detach() for h, _ in seen.values()]))
         before = zip(model.fast_layers, self.S[-1][-1], strict=True)
         self.S[-1].append(tuple(seen[place][1].detach() if place in seen else S for place, S in before))

@@ -47,10 +47,9 @@ class TrainConfig:
     parts: int = field(default=1, metadata=checks.LATER)  # of a batch, one after the other, for less memory
 
     def __post_init__(self):
-        fewest, most = self.range_of_passes
-        check_passes(fewest)
-        check_passes(most)
-        if fewest > most:
+        for n in self.range_of_passes:
+            check_passes(n)
+        if len(given := self.range_of_passes) != 2 or given[0] > given[1]:
             raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
         checks.seed(self.seed)
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("parts", 1)):
@@ -67,11 +66,7 @@ class TrainConfig:
     @property
     def range_of_passes(self) -> tuple[int, int]:
         """The fewest and the most passes that a batch may get, both N where N is fixed."""
-        if not isinstance(self.passes, tuple):
-            return self.passes, self.passes
-        if len(self.passes) != 2:
-            raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
-        return self.passes
+        return self.passes if isinstance(self.passes, tuple) else (self.passes, self.passes)
 
     def rate(self, step: int) -> float:
         """Return the share of the learning rate at a step (from 0): warm-up, stable, linear decay."""

@@ -147,12 +147,12 @@ def test_settings_change_with_every_setting_of_a_recipe(monkeypatch):
 def test_a_field_that_came_later_is_told_only_where_it_is_not_at_its_default(monkeypatch):
     recipe = RECIPES["rule110", "smoke"]
     told = []
-    for more in ({}, {"held_out": 0.0, "test_rows": "held out"}, {"held_out": 0.25}, {"test_rows": "training"}):
+    for more in ({}, {"held_out": 0.0}, {"held_out": 0.25}):
         changed = replace(recipe, task={**recipe.task, **more})
         monkeypatch.setattr(recipes, "RECIPES", {("rule110", "smoke"): changed})
         told.append(Experiment("rule110", "smoke").settings["task"])
     before = {"name": "rule110", "cells": 6, "rows": 1, "steps": [1, 2], "ask": "every", "rule": 110}
-    assert told == [before, before, {**before, "held_out": 0.25}, {**before, "test_rows": "training"}]
+    assert told == [before, before, {**before, "held_out": 0.25}]
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ COMMITTED = stored_runs()
 @pytest.mark.parametrize("run", COMMITTED, ids=lambda run: run.name)
 def test_a_committed_run_loads_and_is_of_todays_recipe(run):
     run.load_model()
-    assert run.settings == experiments.begin(run.experiment, run.path.parent)[0]
+    assert run.settings == experiments.settings_and_weights(run.experiment, run.path.parent)[0]
     assert run.name == run.experiment.name
 
 

@@ -105,7 +105,6 @@ automata = some(
     ask=st.sampled_from(["first", "every", "mixed", "all", 1]),
     rule=odd,
     held_out=st.one_of(odd, st.sampled_from([0.01, 0.1, 0.5, 0.99])),
-    test_rows=st.sampled_from(["held out", "training", "all", 1]),
 )
 mathematics = some(
     quantities=odd,

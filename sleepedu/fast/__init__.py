@@ -4,9 +4,9 @@ Where a rule corrects what is stored that is C++ on a CPU (``cpp``) and Triton o
 ``compiling`` has what else makes a training step faster, ``precision`` the numbers that it computes in.
 """
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -58,16 +58,9 @@ def triton_is_available() -> bool:
     return _triton
 
 
-@contextlib.contextmanager
-def without_compiled_rule() -> Iterator[None]:
-    """Do without the rule in C++ and in Triton meanwhile: it runs in chunks."""
-    global _cpp, _triton, _shapes
-    before = _cpp, _triton, _shapes
-    _cpp = _triton = _shapes = False
-    try:
-        yield
-    finally:
-        _cpp, _triton, _shapes = before
+def without_compiled_rule() -> Any:
+    """Return a context without the rule in C++ and in Triton: it runs in chunks there."""
+    return patch.multiple(__name__, _cpp=False, _triton=False, _shapes=False)
 
 
 def is_traced() -> bool:

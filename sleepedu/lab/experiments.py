@@ -52,12 +52,12 @@ def run(
     more, recompute=None does as the recipe. starts: the folder with the run that the experiment goes on from, instead
     of ``directory``. Under ``torchrun`` the ranks train together; the first one stores the run, the others return None.
     Raises ValueError for a device that is unknown, not there or too small, or examples outside 1..5,000,000;
-    BlockingIOError when another process trains the same run; OSError when it cannot be written; and what ``begin``
-    raises.
+    BlockingIOError when another process trains the same run; OSError when it cannot be written; and what
+    ``settings_and_weights`` raises.
     """
     check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
-    settings, weights = begin(experiment, directory if starts is None else starts)
+    settings, weights = settings_and_weights(experiment, directory if starts is None else starts)
     stores = [run_store.COMMITTED, Path(directory)]
     for store in stores if committed else stores[1:]:
         path = store / experiment.name
@@ -96,7 +96,7 @@ def finished(path: Path, settings: dict[str, Any]) -> Run | None:
     return found if found is not None and found.settings == settings else None
 
 
-def begin(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def settings_and_weights(experiment: Experiment, store: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an experiment's settings, with the checksum of what it goes on from, and the weights of that, if any.
 
     Looks for the run in ``store``, then where ``load_run`` does. Raises what that and ``load_model`` raise, and
@@ -158,7 +158,7 @@ def reproduce(
     C++ where that had none. Raises ValueError where its settings are no longer those of today's recipe, ``directory``
     holds the run itself, or its device is not there.
     """
-    if begin(stored.experiment, stored.path.parent)[0] != stored.settings:
+    if settings_and_weights(stored.experiment, stored.path.parent)[0] != stored.settings:
         raise ValueError(f"the recipe of {stored.name}, or its start, has changed since: it cannot be trained again")
     made, threads = stored.provenance, torch.get_num_threads()
     how: dict[str, Any] = {"starts": stored.path.parent, "committed": False}

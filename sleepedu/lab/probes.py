@@ -42,7 +42,7 @@ READERS = {
     "constant": "the most frequent label, whatever was read",
 }
 RIDGES = tuple(10.0**power for power in range(-6, 3))  # penalties, for features of variance 1
-EXAMPLES = 1  # the number of the test stream they are drawn from; accuracy_by_depth begins at 10,000
+STREAM = 1  # the number of the test stream they are drawn from; accuracy_by_depth begins at 10,000
 CHUNK = 500  # examples that are read at once
 
 
@@ -138,10 +138,10 @@ def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights to probe: use one with 'g'")
     checks.has_numbers(model.head.weight.device)
-    episode = task.sample(settings.episodes, stream(settings.seed, TESTING, EXAMPLES))
+    episode = task.sample(settings.episodes, stream(settings.seed, TESTING, STREAM))
     steps, states = hidden_states(task, episode)
     classes = int(states.max()) + 1
-    parts = split(episode.windows.flatten(1), states[:, 0], stream(settings.seed, TESTING, EXAMPLES + 1))
+    parts = split(episode.windows.flatten(1), states[:, 0], stream(settings.seed, TESTING, STREAM + 1))
     examples = {name: len(part) for name, part in zip(("fit", "choose", "test"), parts, strict=True)}
     if min(examples.values()) < 2:
         raise ValueError(
@@ -182,7 +182,7 @@ def _read(
     device = model.head.weight.device
     windows, labels = [part.to(device) for part in windows], [part.to(device) for part in labels]
     classes, questions = int(torch.cat(labels).max()) + 1, _questions(task)
-    others = (torch.randperm(len(y), generator=stream(settings.seed, TESTING, EXAMPLES + 2)) for y in labels)
+    others = (torch.randperm(len(y), generator=stream(settings.seed, TESTING, STREAM + 2)) for y in labels)
     both = [torch.cat((y, y[other]), dim=1) for y, other in zip(labels, others, strict=True)]
     answers: dict[str, list[Tensor]] = {reader: [] for reader in ("S", "shuffled", "query", "awake")}
     for S in zip(*(_after_each_pass(model, part, settings.passes) for part in windows), strict=True):

@@ -30,10 +30,10 @@ from sleepedu.fast.muon import orthogonal
 from sleepedu.fast.precision import tf32
 from sleepedu.fast.recording import recorded
 from sleepedu.lab import run_store
-from sleepedu.lab.experiments import begin, finished
+from sleepedu.lab.experiments import finished, settings_and_weights
 from sleepedu.lab.recipes import Experiment
 from sleepedu.lab.run_store import Run, find_device, load_run, save_run
-from sleepedu.layers import EPSILON, FastWeightMixer, RuleInputs, WindowCache
+from sleepedu.layers import EPSILON, FastWeightMixer, WindowCache
 from sleepedu.model import SleepLM
 from sleepedu.sleep_loop import run_episode, wake
 from sleepedu.tasks.base import UNSCORED, Episode
@@ -66,7 +66,7 @@ def run_together(
         if e.eviction == "sliding":
             raise ValueError("sliding windows are for single runs: trained together, models keep no cache")
     folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
-    begun = {experiment.name: begin(experiment, directory) for experiment in experiments}  # settings and weights
+    begun = {experiment.name: settings_and_weights(experiment, directory) for experiment in experiments}
     new = [e for e in experiments if finished(folders[e.name], begun[e.name][0]) is None]
     if new:
         task, configs, models = first.make_task(), [e.train_config for e in new], []
@@ -128,7 +128,7 @@ def train_together(
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
         episode = Episode(**batch, depth=torch.zeros_like(batch["prompt"]))
         logits = run_episode(stacked, episode, most) if fewest == most else answer(stacked, episode, most, passes)
-        loss, right = score(logits, episode.targets, k)
+        loss, right = score_each(logits, episode.targets, k)
         gradients = torch.autograd.grad(loss.sum(), optimizers.parameters, materialize_grads=True)
         optimizers.step(gradients, step)
         seen.index_copy_(0, step, torch.stack((loss.detach(), right), dim=-1)[None])
@@ -173,7 +173,7 @@ def answer(model: SleepLM, episode: Episode, most: int, passes: Tensor) -> Tenso
     return wake(model, episode.prompt, S)
 
 
-def score(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def score_each(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the loss (nats a scored token) and the share right of every model, (k,) each."""
     count = (targets != UNSCORED).view(k, -1).sum(1).clamp(min=1)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED, reduction="none")
@@ -229,17 +229,13 @@ class Optimizers:
 def stack(models: Sequence[SleepLM]) -> SleepLM:
     """Return models of one shape as one, whose parameters are (k, ...); it takes batches of (k b) examples."""
     stacked, weights = copy.deepcopy(models[0]), [dict(model.named_parameters()) for model in models]
-    found = {name: nn.Parameter(torch.stack([w[name].detach() for w in weights])) for name in weights[0]}
-    kinds: dict[type, type] = {nn.Linear: StackedLinear, nn.RMSNorm: StackedNorm, nn.Embedding: StackedEmbedding}
-    for path, module in list(stacked.named_modules()):
-        own = {name: found[f"{path}.{name}".lstrip(".")] for name, _ in module.named_parameters(recurse=False)}
-        if type(module) in kinds:
-            stacked.set_submodule(path, kinds[type(module)](**own))
-        else:  # of a mixer or the whole model, which become those below
-            module._parameters.update(own)
-            if isinstance(module, FastWeightMixer):
-                module.__class__ = StackedMixer
-    stacked.__class__ = StackedLM
+    kinds: dict[type, type[nn.Module]] = {nn.Linear: StackedLinear, nn.RMSNorm: StackedNorm, SleepLM: StackedLM}
+    kinds |= {nn.Embedding: StackedEmbedding, FastWeightMixer: StackedMixer}
+    for path, module in stacked.named_modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            own = [w[f"{path}.{name}".lstrip(".")].detach() for w in weights]
+            module.register_parameter(name, nn.Parameter(torch.stack(own)))
+        module.__class__ = kinds.get(type(module), type(module))
     return stacked
 
 
@@ -248,13 +244,7 @@ def each(x: Tensor, weight: Tensor) -> Tensor:
     return (x.reshape(len(weight), -1, x.shape[-1]) * weight[:, None]).view(x.shape)
 
 
-class Stacked(nn.Module):
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
-        super().__init__()
-        self.weight, self.bias = weight, bias
-
-
-class StackedLinear(Stacked):
+class StackedLinear(nn.Linear):
     """K linear layers: weight (k, out, in), bias (k, out) or None; (k b, l, in) -> (k b, l, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,14 +253,14 @@ class StackedLinear(Stacked):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class StackedNorm(Stacked):
+class StackedNorm(nn.RMSNorm):
     """K RMSNorms: weight (k, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return each(F.rms_norm(x, x.shape[-1:], eps=EPSILON), self.weight)
 
 
-class StackedEmbedding(Stacked):
+class StackedEmbedding(nn.Embedding):
     """K embeddings of a small vocabulary, weight (k, V, w), as a product: its gradient is one, too."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -283,22 +273,13 @@ class StackedEmbedding(Stacked):
 class StackedMixer(FastWeightMixer):
     """K fast-weight mixers: taps (k, convolution, c), decay_rate (k, heads), norm (k, value_size)."""
 
+    scale = staticmethod(each)
+
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype)
         o, S = fast_rule(self.rule, q, k, v, log_a, b, S)  # (k b, h, l, d)
         o = each(F.rms_norm(rearrange(o, "b h l d -> b l h d"), o.shape[-1:], eps=EPSILON), self.norm)
         return self.out(o.flatten(2) * F.silu(gate)), S
-
-    def rule_inputs(self, x: Tensor, dtype: torch.dtype, cache: WindowCache | None = None) -> RuleInputs:
-        mixed, gate = self.project(x).split((2 * self.keys + self.values, self.values), dim=-1)
-        qk, v = self.convolve(mixed).split((2 * self.keys, self.values), dim=-1)
-        qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
-        v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
-        forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (k b, l, h)
-        d = qk.shape[-1]
-        q, k = (F.rms_norm(qk, (d,), eps=EPSILON**2 / d) * d**-0.5).transpose(1, 2).chunk(2, dim=1)
-        log_a = -each(F.softplus(forget), self.decay_rate.exp()).mT  # (k b, h, l)
-        return RuleInputs(q, k, v, log_a, self.write_range * write.sigmoid().mT, gate)
 
     def convolve(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
         length, reach = x.shape[1], self.taps.shape[1] - 1

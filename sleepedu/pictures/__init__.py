@@ -1,4 +1,4 @@
-"""The pictures: figures, drawn episodes, tables, the explorer with its sliders, the live model of the first page."""
+"""The pictures: figures, drawn episodes, tables, the explorer with its sliders."""
 
 from sleepedu.pictures.examples import draw_episode
 from sleepedu.pictures.explorer import explore

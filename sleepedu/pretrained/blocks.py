@@ -49,20 +49,6 @@ class PretrainedConfig:
             checks.one_of(name, value, allowed)
 
 
-class Keys:
-    """What a block of transformers takes for its cache: it puts keys behind those that the window has."""
-
-    def __init__(self, cache: WindowCache):
-        self.cache = cache
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.cache.keys is not None and self.cache.values is not None:
-            keys = torch.cat((self.cache.keys, keys), dim=2)  # (b, h, seen + l, d)
-            values = torch.cat((self.cache.values, values), dim=2)
-        self.cache.keys, self.cache.values = keys, values
-        return keys, values
-
-
 def gated_delta_layer(layer: Any, x: Tensor, S: Tensor, cache: WindowCache | None) -> tuple[Tensor, Tensor]:
     """Run Qwen3.5's gated delta layer on x (b, l, w) from S: what it adds to the stream, and the S after it."""
     mixed, reach = layer.in_proj_qkv(x).mT, layer.conv_kernel_size - 1  # (b, c, l)
@@ -71,14 +57,9 @@ def gated_delta_layer(layer: Any, x: Tensor, S: Tensor, cache: WindowCache | Non
     if cache is not None:
         cache.tail = seen[..., x.shape[1] :]
     mixed = F.silu(F.conv1d(seen, layer.conv1d.weight, layer.conv1d.bias, groups=layer.conv_dim)).mT
-    q, k, v = (
-        part.unflatten(-1, (heads, -1)).transpose(1, 2).to(S.dtype)  # (b, heads, l, d)
-        for part, heads in zip(
-            mixed.split((layer.key_dim, layer.key_dim, layer.value_dim), dim=-1),
-            (layer.num_k_heads, layer.num_k_heads, layer.num_v_heads),
-            strict=True,
-        )
-    )
+    *qk, v = mixed.split((layer.key_dim, layer.key_dim, layer.value_dim), dim=-1)
+    q, k = (t.unflatten(-1, (layer.num_k_heads, -1)).transpose(1, 2).to(S.dtype) for t in qk)  # (b, heads, l, d)
+    v = v.unflatten(-1, (layer.num_v_heads, -1)).transpose(1, 2).to(S.dtype)  # (b, heads, l, d_v)
     shared = layer.num_v_heads // layer.num_k_heads  # heads of S that have their keys in common
     q, k = ((t * (t.square().sum(-1, True) + EPSILON).rsqrt()).repeat_interleave(shared, dim=1) for t in (q, k))
     log_a = -layer.A_log.to(S.dtype).exp() * F.softplus(layer.in_proj_a(x).to(S.dtype) + layer.dt_bias)
@@ -118,7 +99,7 @@ class PretrainedBlock(nn.Module):
             x, S = gated_delta_layer(self.block.linear_attn, self.block.input_layernorm(h), S, cache)
             h = h + x
             return h + self.block.mlp(self.block.post_attention_layernorm(h)), S
-        keys = {} if cache is None else {self.cache_name: Keys(cache)}
+        keys = {} if cache is None else {self.cache_name: cache}
         h = self.block(h, **positions, **keys)
         return (h, S) if self.added is None else self.added(h, S, cache)
 
@@ -188,9 +169,6 @@ class PretrainedLM(SleepLM):
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.state_dict()
-        if differ := own.keys() ^ state_dict.keys():
+        if differ := self.state_dict().keys() ^ state_dict.keys():
             raise ValueError(f"{len(differ)} of its weights are not this model's, or missing: {min(differ)} is one")
-        with torch.no_grad():
-            for name, weight in own.items():
-                weight.copy_(state_dict[name])
+        return super().load_state_dict(state_dict, strict=False)

@@ -21,7 +21,7 @@ class CellularAutomaton(Task):
     which. ask: "first" for the first bit of every row (the paper's form), "every" for all bits of a single row, "mixed"
     for all of them, each after a t of its own, unless episodes of one depth are drawn. rule: Wolfram's number, 0..255.
     held_out: the share of all rows that training, which draws mixed depths, never sees; a hash of a row's bits decides.
-    test_rows: where the rows of episodes of one depth are from, "held out" (where any are) or "training".
+    Episodes of one depth have no others.
     Depth is t, and an example is right when all its bits are. Raises ValueError for settings outside these.
     """
 
@@ -31,7 +31,6 @@ class CellularAutomaton(Task):
     ask: str = "every"
     rule: int = 110
     held_out: float = field(default=0.0, metadata=checks.LATER)
-    test_rows: str = field(default="held out", metadata=checks.LATER)
 
     name = "rule110"
     scoring = "all"
@@ -40,21 +39,21 @@ class CellularAutomaton(Task):
     def __post_init__(self):
         checks.whole("cells", self.cells, least=3)
         checks.whole("rows", self.rows, least=1)
-        checks.different("steps", self.steps, least=1)
+        checks.different("steps", self.steps)
         if not self.steps:
             raise ValueError("steps must have a number at least, got ()")
         checks.one_of("ask", self.ask, ("first", "every", "mixed"))
         if self.ask != "first" and self.rows != 1:
             raise ValueError(f"ask {self.ask!r} is for a single row, got {self.rows} rows")
         checks.whole("rule", self.rule, least=0, most=255)
-        checks.one_of("test_rows", self.test_rows, ("held out", "training"))
         checks.finite("held_out", self.held_out)
         if self.held_out and not 0.01 <= self.held_out <= 0.99:
             raise ValueError(f"held_out must be 0 or lie in 0.01..0.99, got {self.held_out}")
         if self.held_out and self.cells <= 10:  # of more rows a hundredth is never empty
-            kept = 2**self.cells - int(self.is_held_out(all_rows(self.cells)).sum())
-            if kept in (0, 2**self.cells):
-                raise ValueError(f"held_out {self.held_out} leaves {kept} of {2**self.cells} rows to train on")
+            rows = torch.arange(2**self.cells)[:, None] >> torch.arange(self.cells) & 1  # all there are
+            kept = len(rows) - int(self.is_held_out(rows).sum())
+            if kept in (0, len(rows)):
+                raise ValueError(f"held_out {self.held_out} leaves {kept} of {len(rows)} rows to train on")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -79,8 +78,7 @@ class CellularAutomaton(Task):
     def sample(self, batch: int, generator: torch.Generator, depth: int | None = None) -> Episode:
         self._check_sample(batch, depth)
         rows = torch.randint(2, (batch, self.rows, self.cells), generator=generator, dtype=torch.uint8)
-        held_out = depth is not None and self.test_rows == "held out"
-        while self.held_out and (other := self.is_held_out(rows) != held_out).any():
+        while self.held_out and (other := self.is_held_out(rows) != (depth is not None)).any():
             rows[other] = torch.randint(2, (int(other.sum()), self.cells), generator=generator, dtype=torch.uint8)
         different = self.cells if self.ask == "mixed" else 1
         choice = torch.randint(len(self.steps), (batch, different), generator=generator)
@@ -100,11 +98,6 @@ class CellularAutomaton(Task):
         hashes = [hashlib.sha256(bytes(row)).digest()[:4] for row in rows.flatten(0, -2).tolist()]
         numbers = torch.tensor([int.from_bytes(digits) for digits in hashes])
         return (numbers < self.held_out * 2**32).view(rows.shape[:-1])
-
-
-def all_rows(cells: int) -> Tensor:
-    """Return every row of so many bits: (2^cells, cells) of uint8."""
-    return (torch.arange(2**cells)[:, None] >> torch.arange(cells) & 1).to(torch.uint8)
 
 
 def next_row(bits: Tensor, rule: int) -> Tensor:
