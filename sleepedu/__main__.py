@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConnectionError:  # another rank has failed, and says why
         return 2
     except (ValueError, FloatingPointError, ImportError) as error:
+        if experiments.torchrun_rank():
+            time.sleep(60)  # torchrun ends every rank when one ends: not before the first one has said why
         return _fail(storage.first_line(error))
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # a full CPU's has no kind of its own
