@@ -102,7 +102,7 @@ class FastWeightMixer(nn.Module):
     rule: a name in ``model.RULES``; a gate that it ignores is there and does nothing.
     """
 
-    scale: Any = staticmethod(torch.mul)  # (..., h) by a parameter (h,); ``lab.together`` has another, for many models
+    _scale: Any = staticmethod(torch.mul)  # (..., h) by a parameter (h,); ``lab.together`` has another, for many models
 
     def __init__(
         self, width: int, heads: int, key_size: int, value_size: int, convolution: int, write_range: float,
@@ -140,7 +140,7 @@ class FastWeightMixer(nn.Module):
         forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (b, l, h)
         d = qk.shape[-1]  # a vector of unit length has a mean square of 1 / d
         q, k = F.rms_norm(qk, (d,), qk.new_full((d,), d**-0.5), EPSILON**2 / d).chunk(2, dim=2)  # (b, l, h, d)
-        log_a = self.scale(F.softplus(forget), -self.decay_rate.exp())  # (b, l, h)
+        log_a = self._scale(F.softplus(forget), -self.decay_rate.exp())  # (b, l, h)
         b = self.write_range * write.sigmoid()  # (b, l, h)
         return RuleInputs(q.transpose(1, 2), k.transpose(1, 2), v, log_a.mT, b.mT, gate)
 

@@ -273,7 +273,7 @@ class StackedEmbedding(nn.Embedding):
 class StackedMixer(FastWeightMixer):
     """K fast-weight mixers: taps (k, convolution, c), decay_rate (k, heads), norm (k, value_size)."""
 
-    scale = staticmethod(each)
+    _scale = staticmethod(each)
 
     def forward(self, x: Tensor, S: Tensor, cache: WindowCache | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, log_a, b, gate = self.rule_inputs(x, S.dtype)
