@@ -47,9 +47,9 @@ class TrainConfig:
     parts: int = field(default=1, metadata=checks.LATER)  # of a batch, one after the other, for less memory
 
     def __post_init__(self):
-        for n in self.range_of_passes:
+        for n in (given := self.range_of_passes):
             check_passes(n)
-        if len(given := self.range_of_passes) != 2 or given[0] > given[1]:
+        if len(given) != 2 or given[0] > given[1]:
             raise ValueError(f"passes must be N or (fewest, most), got {self.passes}")
         checks.seed(self.seed)
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("parts", 1)):

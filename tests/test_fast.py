@@ -159,7 +159,6 @@ def fresh(monkeypatch, tmp_path):
     """Nothing is compiled yet; return the folder in which it will be kept."""
     monkeypatch.setattr(fast, "_cpp", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(cpp, "FLAGS", ("-O0", *cpp.FLAGS[1:]))  # is compiled in no time
     cpp.compiled_code.cache_clear()
     yield tmp_path / "torch" / "hub"
     cpp.compiled_code.cache_clear()
@@ -199,6 +198,7 @@ def test_importing_loads_no_compiler_and_needs_no_place_to_write():
 @compiled
 def test_it_is_compiled_once_for_all_processes_and_again_where_what_was_kept_is_broken(fresh, monkeypatch, tmp_path):
     calls, run = [], subprocess.run
+    monkeypatch.setattr(cpp, "FLAGS", ("-O0", *cpp.FLAGS[1:]))  # is compiled in no time
     monkeypatch.setattr(
         cpp.subprocess, "run", lambda command, **how: calls.append("-o" in command) or run(command, **how)
     )

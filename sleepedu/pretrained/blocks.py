@@ -99,8 +99,8 @@ class PretrainedBlock(nn.Module):
             x, S = gated_delta_layer(self.block.linear_attn, self.block.input_layernorm(h), S, cache)
             h = h + x
             return h + self.block.mlp(self.block.post_attention_layernorm(h)), S
-        keys = {} if cache is None else {self.cache_name: cache}
-        h = self.block(h, **positions, **keys)
+        kept = {} if cache is None else {self.cache_name: cache}
+        h = self.block(h, **positions, **kept)
         return (h, S) if self.added is None else self.added(h, S, cache)
 
 

@@ -21,7 +21,7 @@ class CellularAutomaton(Task):
     which. ask: "first" for the first bit of every row (the paper's form), "every" for all bits of a single row, "mixed"
     for all of them, each after a t of its own, unless episodes of one depth are drawn. rule: Wolfram's number, 0..255.
     held_out: the share of all rows that training, which draws mixed depths, never sees; a hash of a row's bits decides.
-    Episodes of one depth have no others.
+    Episodes of one depth have these rows alone.
     Depth is t, and an example is right when all its bits are. Raises ValueError for settings outside these.
     """
 
