@@ -18,7 +18,7 @@ SIZES = {"graph": "laptop", "math": "laptop", "rule110": "held_out"}  # what sta
 # What the first page tells: the task and its page, the depth, and the runs of N = 1, N = 4 and N = 1 on more steps,
 # each at the better one of the rates tried with three seeds.
 FINDINGS = [
-    ("graph", "[Following arrows](05_graph_retrieval.ipynb)", 3, "hops", ("N=1", "N=4", "N=1, 4x steps, rate 0.005")),
+    ("graph", "[Following arrows](05_graph_retrieval.ipynb)", 4, "hops", ("N=1", "N=4", "N=1, 4x steps, rate 0.005")),
     (
         "math",
         "[Reasoning over sentences](07_math_reasoning.ipynb)",
