@@ -44,7 +44,7 @@ def accuracy_by_pass(
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
     check_task(task, model.config.vocabulary)
-    checks.has_numbers(device := model.head.weight.device)
+    device = model.head.weight.device
     for depth in task.depths:
         right, episodes = dict.fromkeys(tables, 0.0), []
         for number, start in enumerate(range(0, examples, batch)):
@@ -65,7 +65,7 @@ def accuracy_by_pass(
 
 def _woken(model: SleepLM, episode: Episode, passes: Collection[int]) -> Iterator[tuple[int, Tensor]]:
     """Return each N with its logits; from one sleep, where that leaves S after every pass as shorter ones would."""
-    if len(passes) == 1 or episode.windows.shape[1] > 1 or model.config.eviction == "sliding" or model.in_coda:
+    if len(passes) == 1 or episode.windows.shape[1] > 1 or model.config.eviction == "sliding" or model.fast_in_coda:
         return ((n, run_episode(model, episode, n)) for n in passes)
     sleep(model, episode.windows[:, 0], passes=max(passes), trace=(trace := SleepTrace()))
     return ((n, wake(model, episode.prompt, trace.S[0][n])) for n in passes)

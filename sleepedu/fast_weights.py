@@ -101,14 +101,12 @@ def gated_delta_chunked(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     outputs = []
-    pieces = (tensor.chunk(-(-q.shape[2] // chunk), dim=2) for tensor in (q, k, v, log_a, b))
+    pieces = [tensor.chunk(-(-q.shape[2] // chunk), dim=2) for tensor in (q, k, v, log_a, b)]  # all about as long
     for q, k, v, log_a, b in zip(*pieces, strict=True):
-        length = q.shape[2]
-        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)  # (t, i): i > t
         # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and
         # so would its gradient.
-        steps = log_a[..., :, None].masked_fill(later.mT.logical_not(), 0)  # (b, h, t, i): log a_t where t > i
-        decay = steps.cumsum(dim=-2).masked_fill(later, -torch.inf).exp()  # (b, h, t, i): e^(g_t - g_i)
+        steps = log_a[..., None].expand(*log_a.shape, q.shape[2]).tril(-1)  # (b, h, t, i): log a_t where t > i, else 0
+        decay = steps.cumsum(dim=-2).exp().tril()  # (b, h, t, i): e^(g_t - g_i) where t >= i, else 0
         e = log_a.cumsum(-1).exp()[..., None]  # (b, h, t, 1): e^(g_t)
         w = v
         if corrects:

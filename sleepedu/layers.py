@@ -35,7 +35,11 @@ class WindowCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def mask(self, length: int, device: Any) -> Tensor | None:
-        """Return what so many new tokens may see of the keys and of one another, (l, seen + l); None for all before."""
+        """Return what so many new tokens may see of the keys and of one another, (l, seen + l).
+
+        None where attention needs no mask: every token sees all before it, and either there are no keys yet (causal
+        attention will do) or there is one token (it sees everything).
+        """
         all_in_reach = not self.reach or self.seen + length <= self.reach
         if all_in_reach and (length == 1 or not self.seen):
             return None
@@ -60,8 +64,8 @@ class WindowCache:
 class CausalAttention(nn.Module):
     """Softmax attention over the current window, o = V^T softmax(K q / sqrt(d)), with rotary positions.
 
-    x: (batch, length, width) -> (batch, length, width). Positions count from 0 in every window. With a cache, x
-    continues the tokens in it and the cache grows by x.
+    x: (batch, length, width) -> (batch, length, width). Positions count from 0 in every window, or go on where windows
+    slide. With a cache, x continues the tokens in it and the cache grows by x.
     """
 
     def __init__(self, width: int, heads: int):
@@ -73,9 +77,9 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, cache: WindowCache | None = None) -> Tensor:
         cache = WindowCache() if cache is None else cache
         mask, place = cache.mask(x.shape[1], x.device), cache.start + cache.seen
-        qk, v = self.project(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
-        qk = rotate(qk.transpose(1, 2), start=place).transpose(1, 2)  # (b, l, 2 h, d)
-        q, k, v = (each.transpose(1, 2) for each in (*qk.chunk(2, dim=2), v))  # (b, h, l, d)
+        qkv = self.project(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)  # (b, 3 h, l, d)
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=1)
+        q, k = rotate(qk, start=place).chunk(2, dim=1)  # (b, h, l, d) each, as v is
         k, v = cache.update(k, v)  # (b, h, seen + l, d)
         causal = mask is None and x.shape[1] > 1
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (b, h, l, d)
@@ -115,7 +119,7 @@ class FastWeightMixer(nn.Module):
         self.project = nn.Linear(width, mixed + self.values, bias=False)  # ..., and of the output gate
         self.taps = nn.Parameter(torch.zeros(convolution, mixed))
         self.gates = nn.Linear(width, 2 * heads)
-        self.decay_rate = nn.Parameter(torch.zeros(heads))  # A
+        self.decay_rate = nn.Parameter(torch.zeros(heads))  # A, a logarithm
         self.norm = nn.Parameter(torch.ones(value_size))
         self.out = nn.Linear(self.values, width, bias=False)
         with torch.no_grad():
@@ -138,7 +142,7 @@ class FastWeightMixer(nn.Module):
         qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
         v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
         forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (b, l, h)
-        d = qk.shape[-1]  # a vector of unit length has a mean square of 1 / d
+        d = qk.shape[-1]  # q / sqrt(|q|^2 + EPSILON^2) in one operation: of unit length is what has mean square 1 / d
         q, k = F.rms_norm(qk, (d,), qk.new_full((d,), d**-0.5), EPSILON**2 / d).chunk(2, dim=2)  # (b, l, h, d)
         log_a = self._scale(F.softplus(forget), -self.decay_rate.exp())  # (b, l, h)
         b = self.write_range * write.sigmoid()  # (b, l, h)
@@ -148,11 +152,11 @@ class FastWeightMixer(nn.Module):
         """Return SiLU(sum_j taps[-1 - j] x_(t-j)) of x (b, l, c), where x is zero before the window's first token."""
         if cache is None:
             return F.silu(ShortConvolution.apply(x, self.taps))
-        reach = len(self.taps) - 1
-        tail = x.new_zeros(len(x), reach, x.shape[2]) if cache.tail is None else cache.tail
-        seen = torch.cat((tail, x), dim=1)  # (b, reach + l, c)
-        cache.tail = seen[:, x.shape[1] :]  # (b, reach, c)
-        return F.silu(ShortConvolution.apply(seen, self.taps)[:, reach:])
+        before = len(self.taps) - 1
+        tail = x.new_zeros(len(x), before, x.shape[2]) if cache.tail is None else cache.tail
+        joined = torch.cat((tail, x), dim=1)  # (b, before + l, c)
+        cache.tail = joined[:, x.shape[1] :]  # (b, before, c)
+        return F.silu(ShortConvolution.apply(joined, self.taps)[:, before:])
 
 
 class SwiGLU(nn.Module):
@@ -188,12 +192,13 @@ class Block(nn.Module):
 
 def rotate(x: Tensor, start: int) -> Tensor:
     """Turn x (..., length, size) by its positions start, start + 1, ...: rotary encoding (Su et al. 2021)."""
+    # Angles are kept in training alone: a session asks for another place at every token.
     find = angles if x.requires_grad and not is_traced() else angles.__wrapped__
     cos, sin = find(*x.shape[-2:], start, x.device, x.dtype, type(x))  # (l, size) each
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-@functools.lru_cache(8)  # all passes of a training step turn by the same angles; fake tensors, a kind, by their own
+@functools.lru_cache(8)  # all passes turn by the same angles; kind keeps those of fake tensors apart from real ones
 def angles(length: int, size: int, start: int, device: Any, dtype: Any, kind: type) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (length, size) of -t f_i in one half and t f_i in the other, for every position t."""
     whole = torch.promote_types(dtype, torch.float32)

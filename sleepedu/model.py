@@ -92,9 +92,9 @@ class SleepLM(nn.Module):
     number, shape, device or dtype do not fit.
     """
 
-    not_hidden: tuple[str, ...] = (".gates.",)  # parts of the names of matrices that are not Muon's
-    in_coda = 0  # how many fast-weight layers come after those that a sleep loops
-    in_prelude = 0  # how many blocks come before them
+    not_for_muon: tuple[str, ...] = (".gates.",)  # parts of the names of matrices that AdamW trains
+    blocks_in_prelude = 0  # how many come before those that a sleep loops
+    fast_in_coda = 0  # how many layers of fast weights come after them
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -87,10 +87,10 @@ class Session:
         if not self._filled:
             return
         S, taken = self.S, torch.full_like(self.passes_taken, self.passes)
-        cache, begun = self._left and self._cache, self.model.in_prelude
+        cache, begun = self._left and self._cache, self.model.blocks_in_prelude
         if self.passes > 1:
             h, embedding = (torch.cat(parts, dim=1) for parts in zip(*self._read, strict=True))
-            S = S[: len(S) - self.model.in_coda] + self._before  # the coda has read the window, and will again
+            S = S[: len(S) - self.model.fast_in_coda] + self._before  # the coda has read the window, and will again
             if self.tolerance is not None:
                 S, taken = settle(self.model, h, embedding, S, self.passes, self.tolerance)
             else:
@@ -121,7 +121,7 @@ class Session:
     def _clear_window(self, cache: list[WindowCache] | None) -> None:
         self._left = cache and [layer.slide() for layer in cache]  # of the last window: nothing but where windows slide
         self._cache = self._left or self.model.empty_cache()
-        self._before = self.S[len(self.S) - self.model.in_coda :]
+        self._before = self.S[len(self.S) - self.model.fast_in_coda :]
         self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece
         self._filled = 0
 

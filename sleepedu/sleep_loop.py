@@ -46,7 +46,8 @@ def sleep(
     before = cache and list(cache)
 
     def one_pass(h: Tensor, S: FastWeights) -> tuple[Tensor, FastWeights, Any]:
-        seen = before and [replace(layer) for layer in before]  # every pass finds what was there before the window
+        # A copy for every pass, also for one that is computed again: it finds what was there before the window.
+        seen = before and [replace(layer) for layer in before]
         return *model.loop(h, S, seen), seen
 
     if trace is not None:
@@ -81,7 +82,7 @@ def run_episode(model: SleepLM, episode: Episode, passes: int, trace: Any = None
     if model.config.keeps_cache:  # it reads windows and prompt in one pass, everything in sight
         if passes != 1:
             raise ValueError(f"a model that keeps its cache does not sleep: passes must be 1, got {passes}")
-        pieces = (*episode.windows.unbind(1), episode.prompt)
+        pieces = (*episode.windows.unbind(1), episode.prompt)  # each by itself: learned places begin anew in each
         h, _ = model.blocks(torch.cat([model.embed(tokens) for tokens in pieces], dim=1), ())
         return model.out(h[:, -episode.prompt.shape[1] :])
     S = model.empty_fast_weights(len(episode))

@@ -190,7 +190,7 @@ def training_step(state: TrainingState, gradients: Callable, episode: Episode, p
     for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip)
-    if scaler.is_enabled() and not norm.isfinite():  # one decision for all: where one cannot move, none does
+    if scaler.is_enabled() and not norm.isfinite():  # one decision for all: without gradients none moves
         state.model.zero_grad(set_to_none=True)
     for optimizer in state.optimizers:
         scaler.step(optimizer)
@@ -230,7 +230,7 @@ def score(logits: Tensor, episode: Episode, whole: Episode | None = None) -> tup
     logits: (b, p, V) for the episode's prompt. Of a part of a whole, or of a rank's batch, both are shares in the mean.
     """
     # Sums over all positions: a GPU's host need not wait to hear how many are scored, and a rank may have none.
-    count, ranks = (whole or episode).asked.sum(), rank_and_ranks()[1]
+    count, ranks = (episode if whole is None else whole).asked.sum(), rank_and_ranks()[1]
     if ranks > 1:
         dist.all_reduce(count)
     count = count.clamp(min=1) / ranks  # who asks nothing adds nothing
@@ -248,7 +248,7 @@ def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Opt
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and name.endswith("weight") and name.startswith(("layers.", "inject."))
-        (hidden if matrix and not any(part in name for part in model.not_hidden) else rest).append(parameter)
+        (hidden if matrix and not any(part in name for part in model.not_for_muon) else rest).append(parameter)
     decay = config.weight_decay
     muon = Muon(hidden, lr=config.learning_rate, weight_decay=decay, momentum=0.95)
     adam = torch.optim.AdamW(rest, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)

@@ -3,6 +3,7 @@
 ``python -m pytest tests/on_a_gpu.py`` where there is a GPU; ``test_cuda_pretended.py`` runs it elsewhere.
 """
 
+import io
 import itertools
 import sys
 from dataclasses import replace
@@ -199,9 +200,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(precision, passes, make_model, t
 
 def test_an_example_is_drawn_wherever_it_is():
     for task in (TASK, CellularAutomaton(6, steps=(1, 2)), MathReasoning(4, 2)):
-        episode = task.sample(1, torch.Generator().manual_seed(0)).to("cuda")
-        draw_episode(task, episode, answers=episode.targets[0].clamp(min=0))
-        assert task.text(episode)
+        here = task.sample(1, torch.Generator().manual_seed(0))
+        episode = here.to("cuda")
+        assert task.text(episode) == task.text(here)
+        drawn = []
+        for each in (here, episode):
+            figure = draw_episode(task, each, answers=each.targets[0].clamp(min=0))
+            figure.savefig(pixels := io.BytesIO(), format="rgba")
+            drawn.append(pixels.getvalue())
+        assert drawn[0] == drawn[1]
 
 
 def test_a_stored_run(tiny_experiment, tmp_path):

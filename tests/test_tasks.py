@@ -52,6 +52,14 @@ def test_an_episode_has_the_shape_the_task_announces(task):
     assert len(set(task.words)) == len(task.words)
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_an_episode_is_waited_for_on_its_way_back_from_a_gpu(device, waits, monkeypatch):
+    episode, asked = draw_from(TASKS["graph"]()), []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, _, non_blocking: asked.append(non_blocking) or self)
+    episode.to(device)
+    assert asked == [not waits] * 4
+
+
 def test_mixed_episodes_hold_every_depth_and_others_only_theirs(task):
     mixed = draw_from(task, 500)
     assert sorted(set(mixed.depth[mixed.asked].tolist()) - {0}) == list(task.depths)

@@ -112,7 +112,7 @@ class PretrainedLM(SleepLM):
     """
 
     config: Any  # a PretrainedConfig
-    not_hidden = (".gates.", "in_proj_a", "in_proj_b", LORA)
+    not_for_muon = (".gates.", "in_proj_a", "in_proj_b", LORA)
 
     def __init__(self, config: PretrainedConfig, pretrained: Any):
         nn.Module.__init__(self)
@@ -123,7 +123,7 @@ class PretrainedLM(SleepLM):
         added = {index: AddedFastWeights(width, config.state_shape) for index in config.after}
         self.layers = nn.ModuleList(PretrainedBlock(block, added.get(i)) for i, block in enumerate(text.layers))
         self.fast_layers = [index for index, letter in enumerate(config.layout) if letter == "g"]
-        self.in_prelude, self.in_coda = config.loop[0], config.layout[config.loop[1] :].count("g")
+        self.blocks_in_prelude, self.fast_in_coda = config.loop[0], config.layout[config.loop[1] :].count("g")
         if config.carry == "gate":
             self.gate = nn.Parameter(torch.zeros(width))
         self.pretrained = (pretrained,)  # no module of this one: for its save_pretrained

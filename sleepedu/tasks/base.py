@@ -44,8 +44,9 @@ class Episode:
         return self.targets != UNSCORED
 
     def to(self, device: torch.device | str) -> "Episode":
-        """Return the same episode on another device; from pinned memory without waiting for it to arrive."""
-        return Episode(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        """Return the same episode on another device; a GPU fetches it from pinned memory while Python goes on."""
+        away = torch.device(device).type == "cuda"  # on the way back one has to wait, or the numbers are not there yet
+        return Episode(**{name: tensor.to(device, non_blocking=away) for name, tensor in vars(self).items()})
 
     def pin_memory(self) -> "Episode":
         """Return the same episode in memory that a GPU copies from by itself."""
