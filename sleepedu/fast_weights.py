@@ -101,7 +101,7 @@ def gated_delta_chunked(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     outputs = []
-    pieces = [tensor.chunk(-(-q.shape[2] // chunk), dim=2) for tensor in (q, k, v, log_a, b)]  # all about as long
+    pieces = [tensor.chunk(-(-q.shape[2] // chunk), dim=2) for tensor in (q, k, v, log_a, b)]  # of about equal length
     for q, k, v, log_a, b in zip(*pieces, strict=True):
         # g_t - g_i is summed up for every i by itself: as a difference it would lose what a huge log a swallowed, and
         # so would its gradient.

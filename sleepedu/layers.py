@@ -142,7 +142,7 @@ class FastWeightMixer(nn.Module):
         qk = rearrange(qk, "b l (heads d) -> b l heads d", heads=2 * self.heads).to(dtype)
         v = rearrange(v, "b l (h d) -> b h l d", h=self.heads).to(dtype)
         forget, write = self.gates(x).to(dtype).chunk(2, dim=-1)  # (b, l, h)
-        d = qk.shape[-1]  # q / sqrt(|q|^2 + EPSILON^2) in one operation: of unit length is what has mean square 1 / d
+        d = qk.shape[-1]  # q / sqrt(|q|^2 + EPSILON^2) in one operation: a vector of length 1 has mean square 1 / d
         q, k = F.rms_norm(qk, (d,), qk.new_full((d,), d**-0.5), EPSILON**2 / d).chunk(2, dim=2)  # (b, l, h, d)
         log_a = self._scale(F.softplus(forget), -self.decay_rate.exp())  # (b, l, h)
         b = self.write_range * write.sigmoid()  # (b, l, h)

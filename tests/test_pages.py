@@ -240,7 +240,7 @@ def test_an_automated_check_finds_no_barrier(page_to_change):
         page.evaluate(f"scrollTo(0, {height})")
         page.wait_for_timeout(50)
     found = []
-    # Colours take nearly all of the time and are the same on a phone.
+    # Colours take nearly all of the time and are the same on a phone; what is no colour is the same in the dark.
     for theme, width, rules, without in (
         ("light", 1200, None, ()),
         ("dark", 1200, COLOURS, ()),
