@@ -142,7 +142,7 @@ def test_a_table_has_numbers_alike_and_to_the_right():
     ]
     assert page[1] == [
         *[("th", "left", "N=1"), ("td", "right", "0.123")],
-        *[("td", "right", "12,000"), ("td", "right", "50 (25, 75)")],
+        *[("td", "right", "12,000"), ("td", "right", "50 (25,\N{NO-BREAK SPACE}75)")],
     ]
     assert page[2] == [
         *[("th", "left", "a &amp; b"), ("td", "right", "1")],
@@ -152,7 +152,7 @@ def test_a_table_has_numbers_alike_and_to_the_right():
     assert text.splitlines() == [
         "x < y",
         "       seconds   steps        right",
-        "N=1      0.123  12,000  50 (25, 75)",
+        "N=1      0.123  12,000  50 (25,\N{NO-BREAK SPACE}75)",
         "a & b        1      -3",
     ]
 

@@ -49,7 +49,9 @@ def show_table(head: Sequence[str], *rows: Sequence[Any], caption: str = "") -> 
 def _word(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else value.percent if isinstance(value, Accuracy) else str(value)
+    if isinstance(value, Accuracy):  # an interval is not broken in two
+        return value.percent.replace(", ", ",\N{NO-BREAK SPACE}")
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _begins_with_a_number(cell: str) -> bool:
