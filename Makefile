@@ -10,9 +10,10 @@ SHARED := -n 2 --dist worksteal
 
 .PHONY: book pdf test lint house form numbers fill unit coverage notebooks pages soak environments wheel gpu gpu-pretrained clean
 
+# All pages anew: what a chapter prints may differ where its text does not.
 book: .venv/ready
 	$(BIN)/python book/run_chapters.py
-	$(BIN)/jupyter-book build -W -n --keep-going .
+	$(BIN)/jupyter-book build --all -W -n --keep-going .
 	@echo "The book is built: open _build/html/index.html in a browser."
 
 # The book on paper, _build/language-models-that-sleep.pdf; a browser prints it.
