@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 MOST = 1_000_000  # of anything that is counted: what is larger fits no memory, or takes no end
 MOST_SEED = 2**32 - 1
@@ -32,6 +33,12 @@ def different(name: str, values: object) -> None:
         raise ValueError(f"{name} must be different numbers, got {values}")
 
 
+def flag(name: str, value: object) -> None:
+    """Raise ValueError, which names the setting, unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def one_of(name: str, value: object, allowed: Iterable) -> None:
     """Raise ValueError, which names the setting and what is allowed, unless value is one of these."""
     if value not in (known := tuple(allowed)):
@@ -44,3 +51,9 @@ def finite(name: str, value: object, above: float = -math.inf) -> None:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if value <= above:
         raise ValueError(f"{name} must be above {above:g}, got {value}")
+
+
+def has_numbers(device: Any) -> None:
+    """Raise ValueError for a model on "meta", where tensors have shapes and no numbers."""
+    if device.type == "meta":
+        raise ValueError("the model is on meta, which knows shapes and no numbers: use to_empty and load its weights")

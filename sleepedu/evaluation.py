@@ -44,7 +44,7 @@ def accuracy_by_pass(
     checks.whole("batch", batch, least=1)
     check_examples(examples, batch)
     check_task(task, model.config.vocabulary)
-    device = model.head.weight.device
+    checks.has_numbers(device := model.head.weight.device)
     for depth in task.depths:
         right, episodes = dict.fromkeys(tables, 0.0), []
         for number, start in enumerate(range(0, examples, batch)):

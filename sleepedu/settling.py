@@ -57,6 +57,7 @@ def settle(
 def check_settles(model: SleepLM, tolerance: float) -> None:
     """Raise ValueError for a tolerance that is not finite and above 0, or a model that has no S to settle."""
     check_sleeps(model)
+    checks.has_numbers(model.head.weight.device)
     checks.finite("tolerance", tolerance, above=0)
     if model.config.eviction == "sliding":
         raise ValueError("a sleep that ends when S has settled needs hard eviction: this model's windows slide")

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from sleepedu import fast_weights, layers
+from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.fast_weights import gated_delta
+from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
 from sleepedu.model import RULES, ModelConfig, SleepLM
 from sleepedu.session import Session
+from sleepedu.settling import sleep_until_settled
 from sleepedu.sleep_loop import run_episode, sleep
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.trace import SleepTrace
@@ -197,7 +200,7 @@ def test_a_model_can_be_exported(make_model):
 
 
 @pytest.mark.parametrize("layout", ["ag", "aa", "AA"])
-def test_a_model_on_meta_knows_shapes(layout, make_model):
+def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, make_model):
     task = GraphRetrieval(nodes=5, hops=2, queries=4)
     model = make_model(layout).to("meta")
     episode = task.sample(3, torch.Generator().manual_seed(0)).to("meta")
@@ -209,6 +212,14 @@ def test_a_model_on_meta_knows_shapes(layout, make_model):
         trace = SleepTrace()
         sleep(model, episode.windows[:, 0], passes=2, trace=trace)
         assert trace.changes().shape == (2, 1)
+        for needs_numbers in (
+            lambda: accuracy_by_depth(model, task, 1),
+            lambda: sleep_until_settled(model, episode.windows[:, 0]),
+            lambda: Session(model, 10, 2, tolerance=0.1),
+            lambda: probe_model(model, task, Settings(passes=1)),
+        ):
+            with pytest.raises(ValueError, match="the model is on meta, which knows shapes and no numbers"):
+                needs_numbers()
 
 
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):

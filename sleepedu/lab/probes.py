@@ -137,6 +137,7 @@ def probe_model(model: SleepLM, task: Task, settings: Settings) -> dict[str, Any
     """
     if not model.fast_layers:
         raise ValueError(f"layout {model.config.layout!r} has no fast weights to probe: use one with 'g'")
+    checks.has_numbers(model.head.weight.device)
     episode = task.sample(settings.episodes, stream(settings.seed, TESTING, STREAM))
     steps, states = hidden_states(task, episode)
     classes = int(states.max()) + 1

@@ -67,7 +67,7 @@ class MathReasoning(Task):
     def __post_init__(self):
         checks.whole("name_words", self.name_words, least=1, most=2)
         for name in ("sums", "less"):
-            checks.one_of(name, getattr(self, name), (False, True))
+            checks.flag(name, getattr(self, name))
         names = len(COLOURS) if self.name_words == 1 else PAIRED * len(PLACES)
         given = 2 if self.sums else 1  # at least: a sum is of two dials
         checks.whole(f"quantities with name_words {self.name_words}", self.quantities, least=given + 1, most=names)
