@@ -89,7 +89,7 @@ class Paired(NamedTuple):
 
     @property
     def word(self) -> str:
-        """What may be said at 95%: "ahead", "behind", "not told apart"; and of how many seeds, if under five."""
+        """What may be said at 95%, "ahead", "behind" or "not told apart"; and of how many seeds, if under five."""
         if self.n == 1:
             return "not tested (1 seed)"
         apart = "ahead" if self.difference > 0 else "behind"

@@ -39,18 +39,18 @@ class ModelConfig:
     """
 
     vocabulary: int
-    layout: str = "agag"  # a letter a block, as in MIXERS: this is the paper's hybrid, "aaaa" a plain transformer
+    layout: str = "agag"  #: a letter a block, as in MIXERS; this is the paper's hybrid, "aaaa" a plain transformer
     width: int = 64
     heads: int = 4
-    key_size: int = 0  # of S, as is value_size; 0 means width / heads
+    key_size: int = 0  #: of S, as is value_size; 0 means width / heads
     value_size: int = 0
-    mlp_ratio: float = 2.0
-    convolution: int = 4
-    write_range: float = 2.0
-    carry: str = "hidden"  # what one pass hands the next, as in CARRIES
-    positions: int = 0  # learned places of the window; 0: rotary encoding alone, to which equal tokens look alike
-    rule: str = field(default="gated_delta", metadata=checks.LATER)  # how S is written, as in RULES
-    eviction: str = field(default="hard", metadata=checks.LATER)  # what a sleep leaves of its window, as in EVICTIONS
+    mlp_ratio: float = 2.0  #: the MLP's inner width / width
+    convolution: int = 4  #: taps, the token itself and those before it
+    write_range: float = 2.0  #: the largest write strength b
+    carry: str = "hidden"  #: what one pass hands the next, as in CARRIES
+    positions: int = 0  #: learned places of the window; with 0 rotary encoding alone, to which equal tokens look alike
+    rule: str = field(default="gated_delta", metadata=checks.LATER)  #: how S is written, as in RULES
+    eviction: str = field(default="hard", metadata=checks.LATER)  #: what a sleep leaves of its window, as in EVICTIONS
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "heads", "convolution"):
@@ -80,7 +80,7 @@ class ModelConfig:
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        """The shape of S for one sequence and layer: (heads, d_v, d_k)."""
+        """(heads, d_v, d_k), the shape of S for one sequence and layer."""
         per_head = self.width // self.heads
         return (self.heads, self.value_size or per_head, self.key_size or per_head)
 
@@ -123,7 +123,7 @@ class SleepLM(nn.Module):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """The dtype of S: float32, or the model's where that is finer."""
+        """The dtype of S, float32, or the model's where that is finer."""
         return torch.promote_types(self.head.weight.dtype, torch.float32)
 
     def empty_fast_weights(self, batch: int) -> FastWeights:
@@ -171,10 +171,12 @@ class SleepLM(nn.Module):
         return h, tuple(of_layer[index] for index in self.fast_layers)  # (b, l, w), (b, heads, d_v, d_k) each
 
     def prelude(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
-        """Run what a sleep runs once before its passes, as ``coda`` what it runs once after them: nothing, here."""
+        """Run what a sleep runs once before its passes: nothing, here."""
         return h, S
 
-    coda = prelude
+    def coda(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
+        """Run what a sleep runs once after its passes: nothing, here."""
+        return h, S
 
     def loop(self, h: Tensor, S: FastWeights, cache: list[WindowCache] | None = None) -> tuple[Tensor, FastWeights]:
         """Run what a sleep runs N times: all blocks, here."""

@@ -45,7 +45,7 @@ class Session:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are kept between two tokens: S, the window's cache, and for N > 1 what its sleep begins with."""
+        """Bytes kept between two tokens, of S, the window's cache and, for N > 1, what its sleep begins with."""
         layers = (*self._cache, *(self._left or ()))
         cached = (part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor))
         held = (*self.S, *cached, *(tensor for pair in self._read for tensor in pair))

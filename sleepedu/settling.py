@@ -18,7 +18,8 @@ def sleep_until_settled(
     """Sleep on one full window for as long as S changes: return S, and how many passes each sequence took, (b,).
 
     tokens, S: as in ``sleep``. passes: the most to take. tolerance: as in ``settle``. There is no gradient. Raises
-    ValueError as ``sleep`` does, for a tolerance that is not above 0, and for a model without fast weights.
+    ValueError as ``sleep`` does, for a tolerance that is not above 0, and for a model without fast weights or whose
+    windows slide.
     """
     check_passes(passes)
     check_settles(model, tolerance)
@@ -55,7 +56,7 @@ def settle(
 
 
 def check_settles(model: SleepLM, tolerance: float) -> None:
-    """Raise ValueError for a tolerance that is not finite and above 0, or a model that has no S to settle."""
+    """Raise ValueError for a tolerance that is not finite and above 0, or a model without S, or whose windows slide."""
     check_sleeps(model)
     checks.has_numbers(model.head.weight.device)
     checks.finite("tolerance", tolerance, above=0)

@@ -33,18 +33,18 @@ from sleepedu.tasks.batches import majority_loss, prefetched
 class TrainConfig:
     """Everything that shapes a training run besides the task and the model; ValueError for what cannot train."""
 
-    passes: int | tuple[int, int] = 1  # N, or (fewest, most) to draw N anew for every batch, all equally likely
+    passes: int | tuple[int, int] = 1  #: N, or (fewest, most) to draw N anew for every batch, all equally likely
     steps: int = 1000
     batch: int = 64
     seed: int = 0
-    learning_rate: float = 0.01  # Muon's, for hidden matrices
-    adam_learning_rate: float = 0.002  # for embeddings, head, gates and vectors
-    warmup: int = 50  # steps up, then stable, ...
-    decay: float = 0.3  # ... then down to zero over this last part of the run
+    learning_rate: float = 0.01  #: Muon's, for hidden matrices
+    adam_learning_rate: float = 0.002  #: for embeddings, head, gates and vectors
+    warmup: int = 50  #: steps up to the full rate
+    decay: float = 0.3  #: the last part of the run, over which it falls to zero
     weight_decay: float = 1e-4
     clip: float = 1.0
-    precision: str = "auto"  # of large products, as in ``fast.precision``; S stays float32
-    parts: int = field(default=1, metadata=checks.LATER)  # of a batch, one after the other, for less memory
+    precision: str = "auto"  #: of large products, as in ``fast.precision``; S stays float32
+    parts: int = field(default=1, metadata=checks.LATER)  #: of a batch, one after the other, for less memory
 
     def __post_init__(self):
         for n in (given := self.range_of_passes):
@@ -240,9 +240,9 @@ def score(logits: Tensor, episode: Episode, whole: Episode | None = None) -> tup
 
 
 def make_optimizers(model: SleepLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices inside the blocks, AdamW for everything else, with betas as in section 6.
+    """Return Muon for the matrices in the blocks and of carry "inject", and AdamW, betas 0.9 and 0.95, for the rest.
 
-    Gates count with the rest: they are a few rows, not a hidden matrix.
+    Gates are of the rest: they are a few rows, not a hidden matrix.
     """
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []

@@ -1,5 +1,6 @@
 """A commit, `make lint` and the workflows ask for the same, and the version is the same everywhere."""
 
+import ast
 import importlib.metadata
 import json
 import re
@@ -90,3 +91,16 @@ def test_the_version_is_the_same_everywhere():
         re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == sleepedu.__version__
     )
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
+
+
+def test_the_page_of_the_library_takes_no_words_for_a_type():
+    """Its maker takes a colon in the first line about a property or a setting for the end of a type."""
+    first_lines = []
+    for path in (ROOT / "sleepedu").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        first_lines += re.findall(r"#: (.*)", text)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and any("property" in ast.unparse(d) for d in node.decorator_list):
+                first_lines += (ast.get_docstring(node) or "").splitlines()[:1]
+    assert len(first_lines) > 20
+    assert not [line for line in first_lines if re.search(r":(\s|$)", line)]

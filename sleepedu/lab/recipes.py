@@ -216,7 +216,7 @@ class Experiment:
 
     @property
     def times_the_steps(self) -> float:
-        """How many times the recipe's steps a control gets: by the recipe, or for the operations of N = 4."""
+        """How many times the recipe's steps a control gets, by the recipe or for the operations of N = 4."""
         if self.model not in ("longer", "deeper") or self.model in self.recipe.control_steps:
             return self.recipe.control_steps.get(self.model, 1)
         four, task = replace(self, model="sleep", passes=4), self.make_task()

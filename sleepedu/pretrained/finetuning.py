@@ -64,7 +64,7 @@ class FineTuning:
 
     @property
     def name(self) -> str:
-        """The run's name, and that of its folder: other settings go into another, by a few digits that they give."""
+        """The run's name, and that of its folder; other settings go into another, by a few digits that they give."""
         named = {"source", "passes", "carry", "steps", "seed"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         others = {name: value for name, value in values.items() if name not in named}

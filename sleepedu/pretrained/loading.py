@@ -107,7 +107,7 @@ def packed(model: PretrainedLM) -> bytes:
 
 
 def save(model: PretrainedLM, path: str | Path) -> None:
-    """Write what ``packed`` gives into a file, which ``restore`` reads."""
+    """Write what was trained, and where the rest comes from, into a file that ``restore`` reads."""
     storage.write(Path(path), packed(model))
 
 

@@ -40,7 +40,7 @@ class Episode:
 
     @property
     def asked(self) -> Tensor:
-        """(b, p) bool: the positions that ask something."""
+        """The positions that ask something, (b, p) bool."""
         return self.targets != UNSCORED
 
     def to(self, device: torch.device | str) -> "Episode":
@@ -60,7 +60,8 @@ class Task(ABC):
     name: as on the command line. scoring: "each" when every question counts by itself, "all" when an example is
     right only if all its answers are. answer_tokens: how many scored tokens, one after the other, make up one answer;
     it is right when all of them are. ``words``: what every token id stands for. ``depths``: the depths it can ask.
-    ``windows`` x ``window``: how many windows, of how many tokens.
+    ``windows`` x ``window``: how many windows, of how many tokens. ``prompt_length``: tokens of the prompt. depth_name:
+    what tables and figures call the depth.
     """
 
     name: ClassVar[str]

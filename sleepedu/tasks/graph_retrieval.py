@@ -69,7 +69,7 @@ class GraphRetrieval(Task):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names a node can have: one token each, then (with name_tokens 2) by their first and second token."""
+        """All names a node can have, of one token each, then (with name_tokens 2) by their first and second token."""
         if self.name_tokens == 1:
             return tuple(f"{LETTERS[node % 26]}{node // 26 or ''}" for node in range(self.nodes))
         enders = LETTERS[:ENDERS]

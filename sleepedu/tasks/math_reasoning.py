@@ -102,7 +102,7 @@ class MathReasoning(Task):
 
     @property
     def floor(self) -> float | None:
-        """Any digit: all are equally likely, whatever is asked."""
+        """Any digit, as all are equally likely, whatever is asked."""
         return 1 / self.digits
 
     @property
