@@ -21,7 +21,8 @@ from sleepedu import checks, storage
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, run_store
-from sleepedu.lab import results as tables
+from sleepedu.lab.results import aligned, beside_stored
+from sleepedu.lab.results import lines as results_in_lines
 from sleepedu.lab.together import run_together
 from sleepedu.pretrained import finetuning
 from sleepedu.progress import ProgressBar
@@ -76,6 +77,8 @@ def train(options: argparse.Namespace) -> None:
     experiment = _chosen(experiments.Experiment, options)
     checks.whole("together", options.together, least=1, most=1000)
     if options.together > 1:
+        if any(choice is not None for choice in how.values()):
+            raise ValueError("compile and recompute are chosen for single runs: leave them out beside --together")
         seeds, start = range(experiment.seed, experiment.seed + options.together), experiment.trained_from
         own = f"seed{experiment.seed}"  # each goes on from the run of its own seed
         alike = [replace(experiment, seed=s, trained_from=start.replace(own, f"seed{s}")) for s in seeds]
@@ -84,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
         runs = [experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)]
     for run in filter(None, runs):  # of torchrun's ranks the first one has it
         print(f"{run.path}: {run.provenance['seconds']:.0f} s of training on {run.provenance['processor']}")
-        print(*tables.aligned([{run.make_task().depth_name: d, **asdict(a)} for d, a in run.table.items()]), sep="\n")
+        print(*aligned([{run.make_task().depth_name: d, **asdict(a)} for d, a in run.table.items()]), sep="\n")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -106,7 +109,7 @@ def evaluate(options: argparse.Namespace) -> int:
             row, again = run.row(), {"depths": run_store.plain_table(table), "differs": differs}
             measured.append({**row, "seed_of_examples": options.seed, "stored": row["depths"], **again})
         else:
-            print(run.name, *tables.beside_stored(table, run, differs), sep="\n", flush=True)
+            print(run.name, *beside_stored(table, run, differs), sep="\n", flush=True)
     if options.json:
         print(json.dumps(measured, indent=1))
     else:
@@ -127,12 +130,12 @@ def probe(options: argparse.Namespace) -> None:
         for what, shares in (("labels right", one.each), ("whole examples right", one.whole)):
             passes = [(reader, n, row) for reader, rows in shares.items() for n, row in enumerate(rows, start=1)]
             rows = [{what: f"{reader}, pass {n}"} | dict(zip(one.steps, row, strict=True)) for reader, n, row in passes]
-            print("\n".join(["", *tables.aligned(rows)]))
+            print("\n".join(["", *aligned(rows)]))
 
 
 def results(options: argparse.Namespace) -> None:
     runs = run_store.stored_runs(options.runs)
-    print(json.dumps([run.row() for run in runs], indent=1) if options.json else "\n".join(tables.lines(runs)))
+    print(json.dumps([run.row() for run in runs], indent=1) if options.json else "\n".join(results_in_lines(runs)))
 
 
 def reproduce(options: argparse.Namespace) -> int:
@@ -152,7 +155,7 @@ def bench(options: argparse.Namespace) -> None:
         print(json.dumps(figures, indent=1))
     else:
         print(figures["machine"]["processor"], figures["machine"]["threads"], "threads; milliseconds (median)")
-        print(*("\n".join(["", part, *tables.aligned(figures[part])]) for part in options.only), sep="\n")
+        print(*("\n".join(["", part, *aligned(figures[part])]) for part in options.only), sep="\n")
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -161,7 +164,7 @@ def finetune(options: argparse.Namespace) -> None:
     recompute = options.recompute is not False
     made = finetuning.finetune(settings, options.device, options.runs, watch, options.examples, recompute)
     print(f"{made.path}: {made.provenance['seconds']:.0f} s of training on {made.provenance['processor']}")
-    print(*tables.aligned([{"operations": d, **asdict(a)} for d, a in made.table.items()]), sep="\n")
+    print(*aligned([{"operations": d, **asdict(a)} for d, a in made.table.items()]), sep="\n")
 
 
 def _fail(message: str, on_every_rank: bool = False) -> int:

@@ -87,7 +87,7 @@ def run_episode(model: SleepLM, episode: Episode, passes: int, trace: Any = None
         return model.out(h[:, -episode.prompt.shape[1] :])
     S = model.empty_fast_weights(len(episode))
     cache = model.empty_cache(episode.windows.shape[2]) if model.config.eviction == "sliding" else None
-    for tokens in episode.windows.unbind(1):
+    for tokens in episode.windows.unbind(1):  # hard eviction: without a cache, a pass keeps nothing for the next
         S = sleep(model, tokens, S, passes, trace, recompute, cache)
     return wake(model, episode.prompt, S, cache)
 

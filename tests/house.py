@@ -131,7 +131,8 @@ def too_long(lines: Lines) -> Iterator[str]:
     """Say what has more lines than it may have."""
     for name, most in LIMITS.items():
         if rooms(lines)[name] > most:
-            yield f"{name}: {rooms(lines)[name]:,} lines, {most:,} are the most"
+            more = "shorten it, or say in LIMITS why it needs more"
+            yield f"{name}: {rooms(lines)[name]:,} lines, {most:,} are the most: {more}"
 
 
 def main() -> int:

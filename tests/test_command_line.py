@@ -52,6 +52,7 @@ def assert_fails(capsys, arguments, message):
         ([*SMOKE, "--precision", "half"], "precision 'half' is unknown: use one of auto, float32"),
         ([*SMOKE, "--device", "tpu"], "device 'tpu' is unknown"),
         ([*SMOKE, "--threads", "-1"], "threads"),
+        ([*SMOKE, "--together", "2", "--no-compile"], "chosen for single runs"),
         ([*SMOKE, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["evaluate", "no-such-run"], "there is no run 'no-such-run'"),
         (["evaluate", "graph-laptop-sleep-N1-seed0", "no-such-run"], "there is no run 'no-such-run'"),

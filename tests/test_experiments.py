@@ -21,7 +21,7 @@ from sleepedu.lab.recipes import MODELS, RECIPES, SIZES, Experiment, Recipe
 from sleepedu.lab.run_store import find_device, load_run, stored_runs
 from sleepedu.model import CARRIES, RULES, SleepLM
 from sleepedu.sleep_loop import run_episode
-from sleepedu.tasks import TASKS
+from sleepedu.tasks import TASKS, GraphRetrieval
 from sleepedu.tasks.batches import Batches
 from sleepedu.training import score
 
@@ -155,6 +155,12 @@ def test_a_field_that_came_later_is_told_only_where_it_is_not_at_its_default(mon
     assert told == [before, before, {**before, "held_out": 0.25}]
 
 
+def test_a_task_without_a_recipe_is_told_where_recipes_are(monkeypatch):
+    monkeypatch.setitem(TASKS, "parity", GraphRetrieval)
+    with pytest.raises(ValueError, match="task 'parity' has no recipe yet: add one to RECIPES in"):
+        Experiment("parity")
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -248,7 +254,7 @@ def going_on(tiny_experiment, copy_of_run):
 def test_a_run_goes_on_from_the_weights_of_another(going_on, tiny_run, copy_of_run):
     made = experiments.run(going_on, "cpu", copy_of_run.parent, examples=5)
     assert made.name == "graph-smoke-sleep-N3-gate-1steps-from-sleep-N2-4steps-seed0-seed1"
-    assert made.settings == going_on.settings | {"trained_from": tiny_run.weights}
+    assert made.settings == going_on.settings | {"trained_from": tiny_run.weights_checksum}
     assert made.row()["trained_from"] == tiny_run.name and tiny_run.row()["trained_from"] == ""
     assert made.operations > tiny_run.operations > made.operations / 2, "with what it went on from"
     model = SleepLM(going_on.model_config)  # its gate is 0
@@ -268,7 +274,7 @@ def test_from_another_start_it_is_another_run(going_on, tiny_experiment, copy_of
     with pytest.raises(ValueError, match=r"the recipe of .*, or its start, has changed since"):
         experiments.reproduce(made)
     again = experiments.run(going_on, "cpu", copy_of_run.parent, examples=5)
-    assert again.settings["trained_from"] == other.weights != made.settings["trained_from"]
+    assert again.settings["trained_from"] == other.weights_checksum != made.settings["trained_from"]
     assert again.history.loss != made.history.loss
 
 

@@ -132,6 +132,6 @@ def test_lines_are_counted_by_room(monkeypatch):
         **{"lab": 3137, "pictures": 0, "face": 1, "all but fast": 4201, "pretrained": 0, "total": 4201},
     }
     assert list(house.too_long(lines)) == [
-        "core: 1,051 lines, 1,050 are the most",
-        "total: 4,201 lines, 4,200 are the most",
+        "core: 1,051 lines, 1,050 are the most: shorten it, or say in LIMITS why it needs more",
+        "total: 4,201 lines, 4,200 are the most: shorten it, or say in LIMITS why it needs more",
     ]

@@ -131,7 +131,7 @@ def test_probes_of_a_run_are_stored_found_and_loaded(tiny_run, tmp_path, monkeyp
     copy = shutil.copytree(tiny_run.path, tmp_path / tiny_run.name)
     other = storage.pack({name: 0 * tensor for name, tensor in tiny_run.load_model().state_dict().items()})
     (copy / "weights.pt").write_bytes(other)
-    retrained = replace(tiny_run, path=copy, weights=storage.checksum(other))
+    retrained = replace(tiny_run, path=copy, weights_checksum=storage.checksum(other))
     assert probes.probe_run(retrained, SMALL, tmp_path) != made, "weights must count"
 
 

@@ -18,7 +18,7 @@ def test_a_run_gives_itself(tiny_run, capsys, tmp_path):
     assert [line.split(maxsplit=1)[1] for line in shown[:4]] == told
     assert shown[4].startswith("hops k") and shown[-1] == "reproduced"
     again = run_store.load_run(tmp_path / tiny_run.name)
-    assert again.weights == tiny_run.weights and again.path != tiny_run.path
+    assert again.weights_checksum == tiny_run.weights_checksum and again.path != tiny_run.path
 
 
 def test_without_a_folder_nothing_is_left(tiny_run, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_other_weights_and_another_history_are_told(tiny_run, tmp_path):
 
 
 def test_a_run_stored_without_weights_is_compared_in_all_else(tiny_run):
-    lines, reproduced = experiments.compare(replace(tiny_run, weights=""), tiny_run)
+    lines, reproduced = experiments.compare(replace(tiny_run, weights_checksum=""), tiny_run)
     assert reproduced and "weights   not stored, so not compared" in lines
 
 

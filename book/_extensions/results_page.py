@@ -68,7 +68,7 @@ def row(name: str, cells: list[str], cost: list[str]) -> str:
 
 def overview(runs: list[Run]) -> str:
     """Return the one picture of the page as HTML: what each N gets right in the three tasks."""
-    models = {task: tables for (task, size), tables in grouped(runs).items() if size == SIZES[task]}
+    models = {task: tables for (task, size), tables in grouped(runs).items() if size == SIZES.get(task)}
     titles = {task: re.match(r"\[(.*)\]", link)[1] for task, link, *_ in FINDINGS}
     with new_figure(9.6, 3.0, columns=len(models), sharey=True) as (figure, panels):
         for (task, of_task), axes in zip(models.items(), panels, strict=True):

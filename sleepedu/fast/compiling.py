@@ -21,6 +21,11 @@ def can_compile(device: torch.device) -> bool:
     return here and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
 
 
+def pays(steps: int, device: torch.device) -> bool:
+    """Return whether to compile a training of so many steps: it can be, and wins back the minute that it takes."""
+    return steps >= 1000 and can_compile(device)
+
+
 @contextlib.contextmanager
 def compiled_blocks(model: Any) -> Iterator[None]:
     """Run a model's ``blocks`` through torch.compile meanwhile: the same numbers, to rounding, in fewer kernels.

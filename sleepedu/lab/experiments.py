@@ -16,7 +16,7 @@ from sleepedu import storage
 from sleepedu.checkpoint import Checkpoint
 from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast import without_compiled_rule
-from sleepedu.fast.compiling import can_compile
+from sleepedu.fast.compiling import can_compile, pays
 from sleepedu.fast.memory import most_bytes
 from sleepedu.fast.precision import choose_precision
 from sleepedu.intervals import differing
@@ -58,16 +58,15 @@ def run(
     check_examples(examples)
     where = find_device(device)  # a stored run needs none, but who asked for one in vain should know
     settings, weights = settings_and_weights(experiment, directory if starts is None else starts)
-    stores = [run_store.COMMITTED, Path(directory)]
-    for store in stores if committed else stores[1:]:
-        path = store / experiment.name
-        if (found := finished(path, settings)) is not None:
-            if store != run_store.COMMITTED:
-                Checkpoint(path).remove()  # there is one when the run was killed as it finished
-            return found
+    path = Path(directory, experiment.name)
+    if committed and (found := finished(run_store.COMMITTED / experiment.name, settings)) is not None:
+        return found
+    if (found := finished(path, settings)) is not None:
+        Checkpoint(path).remove()  # there is one when the run was killed as it finished
+        return found
     task, config, checkpoint = experiment.make_task(), experiment.train_config, Checkpoint(path)
     if compile is None:
-        compile = config.steps >= 1000 and can_compile(where)
+        compile = pays(config.steps, where)
     recompute = experiment.recipe.recompute if recompute is None else recompute
     with ExitStack() as stack:
         with ranks_together(where, config.batch):
@@ -110,7 +109,7 @@ def settings_and_weights(experiment: Experiment, store: Path | str) -> tuple[dic
         for field, value in asdict(wanted).items():
             if (its := getattr(found, field)) != value:
                 raise ValueError(f"{name} was trained with {field} {its!r}: it cannot go on with {value!r}")
-    return {**experiment.settings, "trained_from": run.weights}, run.load_model().state_dict()
+    return {**experiment.settings, "trained_from": run.weights_checksum}, run.load_model().state_dict()
 
 
 def step_bytes(experiment: Any, batch: int, recompute: bool) -> dict[str, int]:
@@ -129,7 +128,8 @@ def step_bytes(experiment: Any, batch: int, recompute: bool) -> dict[str, int]:
         score(run_episode(model, episode, experiment.passes, recompute=of_passes), episode)[0].backward()
 
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    parameters = sum(weight.nbytes for weight in model.parameters())  # AdamW keeps two of each, Muon one
+    parameters = sum(weight.nbytes for weight in model.parameters())
+    # Of what is trained AdamW keeps two, and Muon one: at most this much.
     return {"parameters": parameters, "optimizers": 2 * trained, "step": most_bytes(step)}
 
 
@@ -159,7 +159,7 @@ def reproduce(
     holds the run itself, or its device is not there.
     """
     if settings_and_weights(stored.experiment, stored.path.parent)[0] != stored.settings:
-        raise ValueError(f"the recipe of {stored.name}, or its start, has changed since: it cannot be trained again")
+        raise ValueError(f"the recipe of {stored.name}, or its start, has changed since: train it where it was made")
     made, threads = stored.provenance, torch.get_num_threads()
     how: dict[str, Any] = {"starts": stored.path.parent, "committed": False}
     how |= {"compile": made.get("compiled", False), "recompute": made.get("recomputed", False)}
@@ -194,7 +194,7 @@ def compare(stored: Run, again: Run) -> tuple[list[str], bool]:
     same_history = replace(stored.history, seconds=[]) == replace(again.history, seconds=[])
     losses = f"differs: last loss {stored.history.loss[-1]} stored, {again.history.loss[-1]} now"
     gap, weights = 0.0, "not stored, so not compared"
-    if stored.weights:
+    if stored.weights_checksum:
         old, new = (r.load_model().state_dict() for r in (stored, again))
         gap = max((old[name] - new[name]).abs().max().item() for name in old)
         weights = f"differ by up to {gap:.2g}" if gap else "identical: bit for bit"

@@ -103,7 +103,7 @@ def probe_run(run: Run, settings: Settings | None = None, directory: Path | str 
     Raises ValueError for a run that cannot be probed (see ``probe_model``) or probes or weights that are broken,
     FileNotFoundError for a run without weights, OSError when the probes cannot be written.
     """
-    settings, weights = settings or Settings(), run.weights[:16]
+    settings, weights = settings or Settings(), run.weights_checksum[:16]
     for store in (run_store.COMMITTED, Path(directory)):
         path = store / "probes" / f"{run.name}.json"
         if path.exists():

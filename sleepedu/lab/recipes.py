@@ -31,7 +31,7 @@ class Recipe:
     model: Mapping[str, Any]
     train: Mapping[str, Any]
     carry: str = "hidden"  # from pass to pass; each task takes the one that learns it better
-    learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where the tuned one differs
+    learning_rates: Mapping[int, float] = field(default_factory=dict)  # N -> Muon's, where it differs, controls' too
     # Times the steps of the controls longer and deeper; unless it is said, as many as the operations of N = 4 pay for.
     control_steps: Mapping[str, float] = field(default_factory=dict)
     recompute: bool = False  # as in ``sleep``, where no GPU would have the memory otherwise
@@ -150,6 +150,8 @@ class Experiment:
 
     def __post_init__(self):
         sizes = [size for task, size in RECIPES if task == self.task]
+        if self.task in TASKS and not sizes:
+            raise ValueError(f"task {self.task!r} has no recipe yet: add one to RECIPES in sleepedu/lab/recipes.py")
         for name, allowed in (("task", TASKS), ("model", MODELS), ("size", sizes)):
             checks.one_of(name, getattr(self, name), allowed)
         if self.model == "varied" and self.passes == 1:

@@ -46,11 +46,11 @@ class Run:
 
     path: Path
     experiment: Any  # an Experiment; of a ``FineTuned`` a FineTuning
-    settings: dict[str, Any]  # those it was trained with, which today's recipe need no longer give
+    settings: dict[str, Any]  # those it was trained with, which today's recipe need no longer give; none of a FineTuned
     history: History
     table: Table
     provenance: dict[str, Any]
-    weights: str  # the SHA-256 of weights.pt, "" for a run stored without
+    weights_checksum: str  # the SHA-256 of weights.pt, "" for a run stored without
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class Run:
 
     def load_model(self, device: str = "cpu") -> SleepLM:
         """Return the trained model; FileNotFoundError or ValueError for weights that are missing or not its own."""
-        file = weights_of(self.path, self.weights)
+        file = weights_of(self.path, self.weights_checksum)
         model = SleepLM(ModelConfig(**self.settings["model"]))
         model.load_state_dict(storage.unpack(file.read_bytes()))
         return model.to(find_device(device)).eval()
@@ -96,9 +96,9 @@ def weights_of(run: Path, checksum: str, name: str = WEIGHTS) -> Path:
     if not file.exists() and run.parent in (COMMITTED, COMMITTED / FINE_TUNED):
         file = fetched(run.relative_to(COMMITTED).as_posix(), checksum, name)
     if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights")
+        raise FileNotFoundError(f"{file} is missing: the run cannot be used without its weights; restore or train it")
     if storage.checksum(file.read_bytes()) != checksum:
-        raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json")
+        raise ValueError(f"{file} does not hold this run's weights, those with the checksum in run.json: restore it")
     return file
 
 
@@ -147,7 +147,7 @@ def measured(stored: dict[str, Any]) -> dict[str, Any]:
         "history": History(**stored["history"]),
         "table": {int(depth): Accuracy(**accuracy) for depth, accuracy in stored["table"].items()},
         "provenance": stored["provenance"],
-        "weights": stored.get("weights", ""),
+        "weights_checksum": stored.get("weights", ""),
     }
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast import fast_rule
-from sleepedu.fast.compiling import can_compile, compiled_blocks
+from sleepedu.fast.compiling import compiled_blocks, pays
 from sleepedu.fast.muon import orthogonal
 from sleepedu.fast.precision import tf32
 from sleepedu.fast.recording import recorded
@@ -60,7 +60,7 @@ def run_together(
     for e in experiments:
         may = {name: getattr(e, name) for name in ("seed", "learning_rate", "trained_from")}
         if replace(first, **may) != e:
-            raise ValueError(f"{e.name} cannot be trained together with {first.name}: only seed and rate may differ")
+            raise ValueError(f"{e.name} cannot be trained together with {first.name}: seed, rate and start may differ")
         if e.train_config.precision.endswith("16"):
             raise ValueError(f"precision {e.precision!r} is for single runs: together they train in float32")
         if e.eviction == "sliding":
@@ -78,7 +78,7 @@ def run_together(
         batches = [batches_of(Batches(task, replace(configs[0], seed=seed))) for seed in streams]
         data = {name: torch.stack([batch[name] for batch in batches]).to(where) for name in batches[0]}
         own = [streams.index(config.seed) for config in configs]
-        compile = configs[0].steps >= 1000 and can_compile(where)
+        compile = pays(configs[0].steps, where)
         precision = "tf32" if where.type == "cuda" and configs[0].precision != "float32" else "float32"
         with tf32(precision, where):
             histories = train_together([m.to(where) for m in models], configs, data, own, compile, watch)

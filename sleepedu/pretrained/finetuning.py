@@ -107,7 +107,7 @@ class FineTuned(run_store.Run):
 
     def load_model(self, device: str = "cpu") -> PretrainedLM:
         """Return the model as it was trained; FileNotFoundError or ValueError for weights missing or not its own."""
-        file = run_store.weights_of(self.path, self.weights, TRAINED)
+        file = run_store.weights_of(self.path, self.weights_checksum, TRAINED)
         return restore(file).to(run_store.find_device(device)).eval()
 
     def row(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Where all random examples come from: one generator for every batch, which its seed, purpose and number determine.
 
-Every model sees the same batches in the same order, and training and testing never share one. The only other random
-numbers are a model's first weights, which ``torch.manual_seed`` fixes.
+Every model sees the same batches in the same order, and training and testing share none (or, where 32 bits cannot tell
+all apart, as rarely as two random numbers do). The only other random numbers are a model's first weights, which
+``torch.manual_seed`` fixes.
 """
 
 import hashlib
