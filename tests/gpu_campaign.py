@@ -32,7 +32,6 @@ PARTS = {  # the command, and the seconds it may take
 }
 AUTOMATON = ["rule110", "--size", "held_out", "--together", "5"]
 NARROW = ["rule110", "--size", "narrow", "--together", "5"]
-SENTENCES = ["math", "--together", "5", "--learning-rate", "0.005", "--trained-from", "math-laptop-sleep-N1-seed0"]
 SMOLLM2 = ["smollm2", "--after", "six", "--window", "256", "--ask", "every", "--forms", "more", "--digits", "5"]
 SMALL_HYBRID = ["small-hybrid", "--window", "80", "--quantities", "6", "--operations", "3", "--ask", "every"]
 SMALL_HYBRID += ["--forms", "more", "--digits", "5", "--rank", "0", "--batch", "32", "--steps", "6000"]
@@ -44,8 +43,6 @@ RUNS = {
         [*AUTOMATON, "--model", "deeper"],
         [*AUTOMATON, "--model", "varied", "--passes", "8"],
         [*AUTOMATON, "--model", "kept"],
-        # A trained model learns to sleep: from N = 1 on with N = 4, through a gate or as it is, and with N = 1.
-        *([*SENTENCES, *how] for how in (["--passes", "4", "--carry", "gate"], ["--passes", "4"], ["--passes", "1"])),
         *(["rule110", "--size", "colab", "--passes", str(n), "--seed", str(seed)] for seed in (1, 2) for n in (1, 4)),
     ],
     "pretrained": [
