@@ -138,10 +138,9 @@ def test_the_first_page_tells_the_runs_numbers(runs):
     text = " ".join((FOLDER.parent.parent / "intro.md").read_text().split())
     first, last = runs[0].table, runs[-1].table
     assert first[1].n == 2000 and "Over 2,000 fresh rings" in text
-    assert (
-        f"about one hop in {first[1].accuracy:.0%} of the questions and about three in {first[3].accuracy:.0%}" in text
-    )
-    assert last[1].accuracy == last[3].accuracy == 1 and "right about both in all of them" in text
+    assert f"gets {first[1].accuracy:.0%} of the questions of one hop right" in text
+    assert f"(a hop is one arrow) and {first[3].accuracy:.0%} of those of three;" in text
+    assert last[1].accuracy == last[3].accuracy == 1 and "the one with N = 4 gets all of both" in text
 
 
 def test_the_first_page_tells_what_was_found():
