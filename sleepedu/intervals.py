@@ -13,7 +13,7 @@ Z95 = 1.959964  # the normal quantile of a two-sided 95% interval
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers with its 95% interval: n examples, and what the best constant answer scores there."""
+    """A share of right answers with its 95% interval: n examples; what one answer to all questions scores."""
 
     accuracy: float
     low: float

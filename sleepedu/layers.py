@@ -60,6 +60,10 @@ class WindowCache:
         gone = max(0, self.seen - self.reach + 1)
         return replace(self, keys=self.keys[:, :, gone:], values=self.values[:, :, gone:], start=self.start + gone)
 
+    def compact(self) -> "WindowCache":
+        """Return the cache without the memory of larger tensors that its own are views of."""
+        return replace(self, **{name: part.clone() for name, part in vars(self).items() if isinstance(part, Tensor)})
+
 
 class CausalAttention(nn.Module):
     """Softmax attention over the current window, o = V^T softmax(K q / sqrt(d)), with rotary positions.
@@ -164,7 +168,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, ratio: float):
         super().__init__()
-        inner = int(width * ratio)
+        inner = max(1, int(width * ratio))
         self.project = nn.Linear(width, 2 * inner, bias=False)  # gate and up
         self.out = nn.Linear(inner, width, bias=False)
 

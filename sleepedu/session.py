@@ -18,7 +18,8 @@ class Session:
     window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. tolerance: None, or to end
     a sleep before N passes as ``sleep_until_settled`` does. ``S`` is the fast weights; ``tokens_read`` and ``sleeps``
     count; ``passes_taken`` (batch,) is of the last sleep. Raises ValueError for a window, N or batch below 1, a window
-    longer than the model has positions, a model that keeps its cache, or a tolerance that means nothing.
+    longer than the model has positions, a model that keeps its cache, or a tolerance that means nothing. (Where windows
+    slide, positions count on: after some ten million tokens the rounding of their angles shows in the logits.)
     """
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1, tolerance: float | None = None):
@@ -49,7 +50,8 @@ class Session:
         layers = (*self._cache, *(self._left or ()))
         cached = (part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor))
         held = (*self.S, *cached, *(tensor for pair in self._read for tensor in pair))
-        return sum({id(tensor): tensor.nbytes for tensor in held}.values())
+        memory = (tensor.untyped_storage() for tensor in held)  # what a view keeps is all that it is a view of
+        return sum({block.data_ptr(): block.nbytes() for block in memory}.values())
 
     @torch.no_grad()
     def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:
@@ -68,7 +70,7 @@ class Session:
             embedding, S = self.model.prelude(self.model.embed(piece, self._filled), self.S, cache)
             h, S = self.model.loop(embedding, S, cache)
             last, S = self.model.coda(h, S, cache)
-            self.S, self._cache = S, cache
+            self.S, self._cache = S, [layer.compact() for layer in cache]
             if self.passes > 1:
                 self._read.append((h, embedding))
             self._filled += piece.shape[1]
@@ -119,7 +121,7 @@ class Session:
         return self.model.out(h)
 
     def _clear_window(self, cache: list[WindowCache] | None) -> None:
-        self._left = cache and [layer.slide() for layer in cache]  # of the last window: nothing but where windows slide
+        self._left = cache and [layer.slide().compact() for layer in cache]  # of the last window, where windows slide
         self._cache = self._left or self.model.empty_cache()
         self._before = self.S[len(self.S) - self.model.fast_in_coda :]
         self._read: list[tuple[Tensor, Tensor]] = []  # for N > 1: h after the first pass, and embedding, of every piece

@@ -9,8 +9,9 @@
     h, S <- Blocks(Embed(prompt), S)             prediction: exactly one pass
     logits <- Out(h)
 
-The first pass of a sleep is the reading itself, so N = 1 is the plain hybrid. Gradients flow through all of it. Where
-windows slide (``eviction="sliding"``) the cache keeps the last L - 1 tokens instead of being cleared.
+The first pass of a sleep is the reading itself, so N = 1 is the plain hybrid. Gradients flow through all of it.
+``carry`` is where variants differ in the h that goes round; ``prelude`` and ``coda`` do nothing but in pretrained
+models. Where windows slide (``eviction="sliding"``) the cache keeps the last L - 1 tokens instead of being cleared.
 """
 
 from contextlib import nullcontext
@@ -37,10 +38,12 @@ def sleep(
     keep what happens in every pass. recompute: for the gradient, keep only what enters each pass and compute the rest
     again when its turn comes; the gradient is the same, for much less memory and about a third more time. cache: where
     windows slide, what the last sleep left of its window; in it this one leaves its own.
-    Raises ValueError for N < 1, tokens outside the vocabulary, an S that does not fit or a model that keeps its cache.
+    Raises ValueError for N < 1, tokens outside the vocabulary, an S or cache that does not fit, a model that keeps one.
     """
     check_passes(passes)
     check_sleeps(model)
+    if cache is not None and model.config.eviction != "sliding":
+        raise ValueError("a cache outlives its window only where windows slide: leave it out")
     S = model.empty_fast_weights(len(tokens)) if S is None else S
     embedding, S = model.prelude(model.embed(tokens), S, cache)  # (b, l, w)
     before = cache and list(cache)
@@ -76,8 +79,8 @@ def wake(model: SleepLM, prompt: Tensor, S: FastWeights, cache: list[WindowCache
 def run_episode(model: SleepLM, episode: Episode, passes: int, trace: Any = None, recompute=False) -> Tensor:
     """Sleep on the episode's windows, one after the other, then answer its prompt: logits (b, p, V). Algorithm 1.
 
-    trace, recompute: as in ``sleep``. Raises ValueError for N < 1, N > 1 with a model that keeps its cache, or tokens
-    outside the vocabulary.
+    trace, recompute: as in ``sleep``, and without use where a model keeps its cache. Raises ValueError for N < 1, N > 1
+    with a model that keeps its cache, or tokens outside the vocabulary.
     """
     if model.config.keeps_cache:  # it reads windows and prompt in one pass, everything in sight
         if passes != 1:

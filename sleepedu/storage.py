@@ -61,6 +61,8 @@ def reading(path: Path) -> Iterator[None]:
     """Raise ValueError, in a line that names the file, for whatever its bytes lead to: broken ones lead anywhere."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         told = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} cannot be used ({told}): delete it, or take another folder") from error

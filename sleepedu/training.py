@@ -123,12 +123,13 @@ def train(
     watch: called after every history entry (``ProgressBar()`` shows a line). checkpoint: a ``Checkpoint``, to go on
     from what it holds and to save there meanwhile. compile: as ``compiled_blocks``, which costs up to a minute at the
     beginning. recompute: as in ``sleep``. In a process group the ranks train together; the first one watches and saves.
-    Raises ValueError for a task that does not fit the model or asks nothing, a batch that does not divide among the
-    ranks, or a checkpoint that is broken or of other settings; FloatingPointError when the loss is no number any more.
+    Raises ValueError for a task that does not fit or asks nothing, a model on meta, a batch that does not divide among
+    the ranks, or a checkpoint that is broken or of other settings; FloatingPointError when the loss is no number.
     """
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     check_task(task, model.config.vocabulary)
     device, (rank, ranks) = model.head.weight.device, rank_and_ranks()
+    checks.has_numbers(device)
     if config.batch % ranks:
         raise ValueError(f"a batch of {config.batch} does not divide into equal shares for {ranks} ranks")
     keep_freed_memory()

@@ -157,6 +157,23 @@ def test_a_checkpoint_of_another_task_with_the_same_settings_is_refused(make_mod
         train(make_model(), other, CONFIG, checkpoint=Checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize("precisions", [("float32", "float16"), ("float16", "float32")])
+def test_a_run_goes_on_at_the_precision_of_another_device(precisions, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
+    taken, step = [], training.training_step
+    monkeypatch.setattr(training, "training_step", lambda *given: taken.append(given[0].precision) or step(*given))
+    for precision in precisions:
+        monkeypatch.setattr(training, "choose_precision", lambda asked, device, own=precision: own)
+        train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))
+    assert taken == [precisions[0]] * CONFIG.steps + [precisions[1]]  # the last step is not saved
+
+
+def test_memory_that_runs_out_is_not_the_files_fault(tmp_path):
+    for full in (MemoryError, torch.OutOfMemoryError):
+        with pytest.raises(full), storage.reading(tmp_path):
+            raise full
+
+
 def test_a_checkpoint_of_other_parameters_is_refused(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     train(make_model(), TASK, CONFIG, checkpoint=Checkpoint(tmp_path))

@@ -17,7 +17,7 @@ from sleepedu.settling import sleep_until_settled
 from sleepedu.sleep_loop import run_episode, sleep
 from sleepedu.tasks import GraphRetrieval
 from sleepedu.trace import SleepTrace
-from sleepedu.training import score
+from sleepedu.training import TrainConfig, score, train
 
 TOKENS = torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -214,12 +214,18 @@ def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, 
         assert trace.changes().shape == (2, 1)
         for needs_numbers in (
             lambda: accuracy_by_depth(model, task, 1),
+            lambda: train(model, task, TrainConfig()),
             lambda: sleep_until_settled(model, episode.windows[:, 0]),
             lambda: Session(model, 10, 2, tolerance=0.1),
             lambda: probe_model(model, task, Settings(passes=1)),
         ):
             with pytest.raises(ValueError, match="the model is on meta, which knows shapes and no numbers"):
                 needs_numbers()
+
+
+def test_the_smallest_mlp_is_one_wide():
+    model = SleepLM(ModelConfig(vocabulary=4, width=98, heads=1, layout="g", mlp_ratio=1 / 98))  # 98 * (1 / 98) < 1
+    assert model.layers[0].mlp.out.weight.shape == (98, 1)
 
 
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):

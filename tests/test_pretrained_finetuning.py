@@ -134,6 +134,8 @@ def test_the_command_trains_and_says_what_was_found(small, tmp_path, capsys):
     assert load_finetuned(made).experiment.passes == 1
     assert __main__.main(["evaluate", str(made), "--seed", "3", "--examples", "2"]) == 0
     assert "none of 2 accuracies" in capsys.readouterr().out
+    assert __main__.main(["reproduce", str(made)]) == 2
+    assert "is a pretrained model's: `evaluate` measures it" in capsys.readouterr().err
     (made / "trained.safetensors").write_bytes(b"others")
     with pytest.raises(ValueError, match="does not hold this run's weights"):
         load_finetuned(made).load_model()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.lab.run_store import load_run
-from sleepedu.model import CARRIES, RULES, SleepLM
+from sleepedu.model import CARRIES, RULES, ModelConfig, SleepLM
 from sleepedu.session import Session
 from sleepedu.settling import sleep_until_settled
 from sleepedu.sleep_loop import run_episode, sleep, wake
@@ -334,6 +334,23 @@ def test_a_long_stream_leaves_no_more_behind_than_a_short_one(N, make_model):
     assert (session.tokens_read, session.sleeps) == (780, 97)
     assert kept[0] == kept[1] == kept[2]
     del others
+
+
+@pytest.mark.parametrize("pieces", [[20], [8, 8, 4], [1] * 20], ids=str)
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_a_session_holds_no_larger_tensor_than_those_it_shows(pieces, eviction):
+    session = Session(SleepLM(ModelConfig(12, layout="ag", width=16, heads=2, eviction=eviction)), window=32, passes=1)
+    for length in [32, *pieces]:
+        session.read(torch.ones(1, length, dtype=torch.long), logits=False)
+    token, tail, S = 2 * 16, 3 * 3 * 16, 2 * 8 * 8
+    left = 31 * token + tail if eviction == "sliding" else 0  # of the last window; once more in what this one sees
+    assert session.held_bytes == 4 * (20 * token + tail + S + left + (left and 31 * token))
+
+
+def test_a_cache_is_for_windows_that_slide(make_model):
+    model = make_model("ag")
+    with pytest.raises(ValueError, match="a cache outlives its window only where windows slide"):
+        sleep(model, torch.ones(1, 5, dtype=torch.long), cache=model.empty_cache())
 
 
 LONG = GraphRetrieval(nodes=6, hops=2, queries=3, windows=3).sample(3, torch.Generator().manual_seed(0))

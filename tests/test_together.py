@@ -91,3 +91,24 @@ def test_the_command_line_trains_a_seed_and_those_after_it(tmp_path, capsys):
     assert sorted(path.name[-5:] for path in tmp_path.iterdir()) == ["seed7", "seed8"]
     assert main([*words[:-3], "--together", "0"]) == 2
     assert "together must lie in 1..1000, got 0" in capsys.readouterr().err
+
+
+def test_what_single_runs_alone_can_do_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="carry 'inject' with a varied N is for single runs"):
+        run_together([Experiment("math", "smoke", model="varied", passes=2, carry="inject")], "cpu", tmp_path)
+    with pytest.raises(ValueError, match="precision 'tf32' is a GPU's"):
+        run_together([Experiment("graph", "smoke", precision="tf32")], "cpu", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_does_not_take_the_others_with_it(tmp_path):
+    good, bad = (Experiment("graph", "smoke", steps=3, learning_rate=rate) for rate in (0.01, 1e30))
+    with pytest.raises(FloatingPointError, match="seed0 is no number: lower learning_rate or clip") as told:
+        run_together([bad, good], "cpu", tmp_path, examples=10)
+    assert bad.name in str(told.value) and [run.name for run in run_store.stored_runs(tmp_path)] == [good.name]
+
+
+def test_together_is_another_way_to_make_a_run(tmp_path):
+    run = run_together([Experiment("graph", "smoke", seed=seed, steps=6) for seed in (0, 1)], "cpu", tmp_path)[0]
+    lines, reproduced = experiments.reproduce(run)
+    assert reproduced and "differently: together 2, now False" in lines[0]

@@ -175,7 +175,7 @@ def inputs_kernel(
         dk_ = to_end[:, None] * dot(u_, d, PRECISION)  # (c, keys)
         goes += tl.sum(dk_ * k_, axis=1)  # (c,): from token i to S after the chunk
         dw_s = from_start[:, None] * dot(dw, s, PRECISION)
-        came -= tl.sum(dw_s * k_, axis=1)  # (c,): from S before the chunk to token s
+        came -= tl.sum(dw_s * k_, axis=1)  # (c,): from S before the chunk to token t
         dk_ -= dw_s
         dk_ += dot(by_read.T, channels(q, t, q_next, keys, length), PRECISION)
         dk_ -= dot(by_key, k_, PRECISION)

@@ -30,7 +30,7 @@ from sleepedu.training import History, TrainConfig, rank_and_ranks, score, train
 
 # What rounding can depend on, as it stands in a run's provenance; and what a run had from before it was noted.
 ALIKE = ("device", "processor", "threads", "ranks", "compiled", "recomputed", "kernel", "python", "torch", "numpy")
-BEFORE = {**dict.fromkeys(ALIKE, False), "muon": "bfloat16"}
+BEFORE = {**dict.fromkeys((*ALIKE, "together"), False), "muon": "bfloat16", "precision": "float32"}
 
 
 def run(
@@ -182,8 +182,8 @@ def reproduce(
 def compare(stored: Run, again: Run) -> tuple[list[str], bool]:
     """Return what became of a run that was trained again, in lines, and whether it counts as reproduced.
 
-    On the processor, versions and number of threads of the stored run every number has to be the same, on the CPU at
-    least. Elsewhere rounding differs, and what was rounding grows from step to step; there no accuracy may differ by
+    On the processor, versions and number of threads of the stored run, and made in the same way, every number has to be
+    the same. Elsewhere rounding differs, and what was rounding grows from step to step; there no accuracy may differ by
     more than chance explains. (Chance is taken to be that of two sets of examples. Both tables are of the same set, so
     this errs towards "reproduced".) Raises ValueError when it is a run of other settings.
     """

@@ -11,7 +11,7 @@ from sleepedu.lab.run_store import Run
 
 
 def grouped(runs: list[Run]) -> dict[tuple[str, str], dict[str, list[Run]]]:
-    """Return the runs by (task, size), then by label, runs that differ in nothing but their seed together.
+    """Return the runs by (task, size), then by label: those of one recipe that differ in their seed alone.
 
     Models stand in the order of ``MODELS``, N ascending.
     """

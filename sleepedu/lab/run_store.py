@@ -129,10 +129,12 @@ def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
 def load_run(run: Path | str) -> Run:
     """Return a finished run, named by its folder or, for a stored one, by its name alone.
 
-    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken, changed or of
-    another version.
+    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one that is broken, changed, of
+    another version or of a pretrained model.
     """
     path, stored = read_run(run)
+    if "source" in (stored.get("experiment") or {}):
+        raise ValueError(f"{path.name} is a pretrained model's: `evaluate` measures it, nothing else takes it")
     with storage.reading(path / "run.json"):
         found = Run(path, Experiment(**stored["experiment"]), **measured(stored))
         found.make_task()

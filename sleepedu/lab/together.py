@@ -27,7 +27,7 @@ from sleepedu.evaluation import accuracy_by_depth, check_examples
 from sleepedu.fast import fast_rule
 from sleepedu.fast.compiling import compiled_blocks, pays
 from sleepedu.fast.muon import orthogonal
-from sleepedu.fast.precision import tf32
+from sleepedu.fast.precision import choose_precision, tf32
 from sleepedu.fast.recording import recorded
 from sleepedu.lab import run_store
 from sleepedu.lab.experiments import finished, settings_and_weights
@@ -52,8 +52,8 @@ def run_together(
 
     What ``directory`` holds already is not trained again. watch: is shown the history of the first one. There is no
     checkpoint: what is interrupted begins anew. Large products are float32, in TF32 where a GPU has it. Raises
-    ValueError for experiments that differ otherwise or ask for halves, and what ``run`` raises for a device, examples
-    and a run to go on from.
+    ValueError for experiments that differ otherwise or are for single runs; FloatingPointError, when the others are
+    stored, for runs whose loss was no number; and what ``run`` raises for a device, examples and a run to go on from.
     """
     check_examples(examples)
     where, first = find_device(device), experiments[0]
@@ -65,6 +65,10 @@ def run_together(
             raise ValueError(f"precision {e.precision!r} is for single runs: together they train in float32")
         if e.eviction == "sliding":
             raise ValueError("sliding windows are for single runs: trained together, models keep no cache")
+        if e.model == "varied" and e.model_config.carry in ("inject", "gate"):  # a batch of one pass does not move it
+            raise ValueError(f"carry {e.model_config.carry!r} with a varied N is for single runs")
+    best = choose_precision(first.train_config.precision, where)
+    precision = "tf32" if best in ("tf32", "bfloat16") else "float32"  # what has bfloat16 has TF32
     folders = {experiment.name: Path(directory, experiment.name) for experiment in experiments}
     begun = {experiment.name: settings_and_weights(experiment, directory) for experiment in experiments}
     new = [e for e in experiments if finished(folders[e.name], begun[e.name][0]) is None]
@@ -79,15 +83,19 @@ def run_together(
         data = {name: torch.stack([batch[name] for batch in batches]).to(where) for name in batches[0]}
         own = [streams.index(config.seed) for config in configs]
         compile = pays(configs[0].steps, where)
-        precision = "tf32" if where.type == "cuda" and configs[0].precision != "float32" else "float32"
         with tf32(precision, where):
             histories = train_together([m.to(where) for m in models], configs, data, own, compile, watch)
         tokens, constant = configs[0].batch * task.tokens_per_example, majority_loss(task)
+        lost = [e.name for e, history in zip(new, histories, strict=True) if not all(map(math.isfinite, history.loss))]
         for experiment, model, history in zip(new, models, histories, strict=True):
+            if experiment.name in lost:
+                continue
             history.tokens_per_step, history.majority_loss = tokens, constant
             table = accuracy_by_depth(model.eval(), task, experiment.passes, examples, seed=experiment.seed)
             made = {"precision": precision, "compiled": compile, "recomputed": False, "ranks": 1, "together": len(new)}
             save_run(folders[experiment.name], experiment, begun[experiment.name][0], model, history, table, made)
+        if lost:
+            raise FloatingPointError(f"the loss of {', '.join(lost)} is no number: lower learning_rate or clip")
     return [load_run(folder) for folder in folders.values()]
 
 

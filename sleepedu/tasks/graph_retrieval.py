@@ -27,7 +27,7 @@ class GraphRetrieval(Task):
     0 means full length always. tested: the k that ``depths`` tells; () means 1..hops. name_tokens: 1 for nodes that are
     tokens, 2 for Depo's names of one or two out of 50, drawn anew for every example: 25 of them end a name (the paper
     does not say how one tells), alone for half of the nodes, at most 25. A question then is "k a1 a2 ? b1 b2", with
-    padding after a name of one; "?" asks for b1, and b1 for b2. No two questions of an example start from the same node
+    padding after a name of one; "?" asks for b1, and b1 for b2; no two of them then start from the same node
     while there are others. Raises ValueError for a cycle below 3 nodes or above the number of names, hops outside
     1..n-1, edges that do not fill the windows evenly, or other settings outside these.
     """
