@@ -39,7 +39,8 @@ def test_a_place_for_the_live_model_is_empty_where_nothing_fills_it(chapter):
     """In Jupyter, on Colab and on paper: a line by itself, whose words are an attribute."""
     for c in book_form.json.loads(chapter.read_text())["cells"]:
         for part in "".join(c["source"]).split("\n\n"):
-            assert "live-here" not in part or re.fullmatch(r'<div class="live-here"[^<>\n]*></div>', part)
+            empty = re.fullmatch(r'<div class="live-(here|night)"[^<>\n]*></div>', part)
+            assert empty or not re.search("live-(here|night)", part)
 
 
 def test_the_page_of_references_is_that_of_the_file_and_has_all_that_is_cited():

@@ -92,7 +92,7 @@ def test_the_sliders_open_where_they_are_told_and_a_map_leads_elsewhere():
     explorer = explore(gradient, (1, 2), (1, 3), describe, at=(2, 1), accuracy={(1, 1): 0.996, (2, 3): 0.25})
     page = Page(explorer.page())
     assert [slider["value"] for slider in page.all("input")] == ["1", "0"]
-    assert page.all("img")[0]["alt"] == describe(2, 1) and json.loads(page.data)["map"] == ["100%", "", "", "25%"]
+    assert page.all("img")[0]["alt"] == describe(2, 1) and json.loads(page.data)["map"] == [">99%", "", "", "25%"]
     passes, depths, words, _, cells = explorer.widget().children
     assert (passes.value, depths.value) == (2, 1)
     (cell,) = (cell for cell in cells.children if getattr(cell, "description", "") == "25%")

@@ -1,4 +1,4 @@
-"""Finish every page: an "Open in Colab" badge on each notebook, menus that open, lists with entries, no script twice,
+"""Finish every page: an "Open in Colab" badge on each notebook, menus that open, no script twice,
 what search engines and links to the page show of it, how to cite it, the live model; and a map of the site.
 
 The repository's address comes from the book's configuration, and the site's from the repository's.

@@ -164,7 +164,7 @@ explore = Explorer  # what a cell says, as a verb
 
 def percent(share: float | None) -> str:
     """Return a share as the map says it, with nothing where nothing was measured."""
-    return "" if share is None else f"{share:.0%}"
+    return "" if share is None else ">99%" if 0.995 <= share < 1 else f"{share:.0%}"  # 100% is all of them
 
 
 def small_picture(figure: Figure, format: str = "webp") -> bytes:

@@ -101,7 +101,7 @@
   }
 
   function unitLength(x) {
-    const length = Math.max(Math.sqrt(dot(x, x)), 1e-12);
+    const length = Math.sqrt(dot(x, x) + 1e-12);
     return x.map((value) => value / length);
   }
 

@@ -104,8 +104,12 @@ document.querySelectorAll(".live-night").forEach((here) => {
 
   let timer = 0;
 
-  function show(pass) {
+  /** A night is read aloud where it ends, not at every pass of it. */
+  const speak = (aloud) => find(".live-verdict").setAttribute("aria-live", aloud ? "polite" : "off");
+
+  function show(pass, aloud = true) {
     clearTimeout(timer);
+    speak(aloud);
     state.shown = pass;
     draw();
   }
@@ -113,9 +117,9 @@ document.querySelectorAll(".live-night").forEach((here) => {
   /** The night as it goes, from its first pass; a pass at a press for those who want no motion. */
   function play() {
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    show(still && state.shown < passes.at(-1) ? state.shown + 1 : 1);
+    show(still && state.shown < passes.at(-1) ? state.shown + 1 : 1, still);
     const next = () => {
-      show(state.shown + 1);
+      show(state.shown + 1, state.shown + 1 === passes.at(-1));
       if (state.shown < passes.at(-1)) timer = setTimeout(next, 500);
     };
     if (!still) timer = setTimeout(next, 500);

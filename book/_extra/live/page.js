@@ -3,8 +3,8 @@
 
    In the figure of the first page it takes the place of the still picture; in a chapter the element is empty, and may
    say where to begin: `data-hops`, `data-shown` (passes), and `data-say`, a sentence to stand above the panel. Where
-   scripts do not run, all is as it was. What is drawn here comes from `sleepeduLive` in model.js; this file knows
-   nothing of the model but its nodes. */
+   scripts do not run, all is as it was. What the models do comes from `sleepeduLive` in model.js, what was measured
+   beforehand from weights.js. */
 document.querySelectorAll(".live-here").forEach((here, number) => {
   "use strict";
   if (!globalThis.sleepeduLive) return;
@@ -15,7 +15,7 @@ document.querySelectorAll(".live-here").forEach((here, number) => {
   const hops = Array.from({ length: stored.hops }, (_, i) => i + 1);
 
   // ring: the nodes in the order of the arrows. told: the nodes in the order in which their arrows are told.
-  // shown: the passes that are on show, in both lanes; all of them unless a sleep is being played.
+  // shown: the passes that are on show, in both lanes; all of them unless a sleep is being played or `data-shown` says fewer.
   const { ring, told, start, hops: asked, passes: N } = stored.example;
   const { hops: k = asked, shown = most } = here.dataset;
   const state = { N, hops: Number(k), start, ring: [...ring], told: [...told], picked: null, shown: Number(shown) };
@@ -67,7 +67,7 @@ document.querySelectorAll(".live-here").forEach((here, number) => {
     <p class="live-verdict" role="status"></p>
     <div class="live-body">
       <div class="live-lanes">${lane()}${lane()}
-        <p class="live-key">Squares: the fast weights S after each pass, four heads, from
+        <p class="live-key">Squares: the fast weights S after each pass, ${stored.config.heads} heads, from
           <span class="live-bar" role="img" aria-label="blue to red"></span> −${reach.toFixed(0)} to ${reach.toFixed(0)}.
           Below, by hops, what a linear probe reads from S:
           <i class="most">k</i> right in over 90% of cases, <i class="half">k</i> in over half, <i class="few">k</i> in fewer.</p>
@@ -192,7 +192,7 @@ document.querySelectorAll(".live-here").forEach((here, number) => {
         item.classList.toggle("waiting", i < n && !isDrawn);
         if (isDrawn) drawHeads(item.querySelector("canvas"), trace[i][0], shade);
         item.querySelectorAll("i").forEach((cell, k) => (cell.className = isDrawn ? shading(stored.models[n].probes[i][k]) : ""));
-        const words = isDrawn ? `The fast weights S after pass ${i + 1}. A linear probe reads from them: ${readOut(n, i + 1)}` : `No pass ${i + 1}`;
+        const words = isDrawn ? `The fast weights S after pass ${i + 1}. A linear probe reads from them: ${readOut(n, i + 1)}` : i < n ? `Pass ${i + 1} is still to come` : `No pass ${i + 1}`;
         item.setAttribute("aria-label", words);
         item.title = isDrawn ? `Read from S after pass ${i + 1}: ${readOut(n, i + 1)}` : "";
       });
