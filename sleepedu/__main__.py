@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from sleepedu import checks, storage
-from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.evaluation import BATCH, accuracy_by_depth
 from sleepedu.intervals import differing
 from sleepedu.lab import benchmark, experiments, probes, run_store
-from sleepedu.lab.results import aligned, beside_stored
-from sleepedu.lab.results import lines as results_in_lines
+from sleepedu.lab.results import aligned, beside_stored, in_lines
 from sleepedu.lab.together import run_together
 from sleepedu.pretrained import finetuning
 from sleepedu.progress import ProgressBar
@@ -34,7 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "for a program to read"},
     "--only": {"nargs": "+", "default": list(benchmark.PARTS), "choices": list(benchmark.PARTS), "help": "parts of it"},
     "--quiet": {"action": "store_true", "help": "show no progress"},
-    "--recompute": {"action": argparse.BooleanOptionalAction, "help": "less memory, a third more time; as the recipe"},
+    "--recompute": {"action": argparse.BooleanOptionalAction, "help": "less memory, a third more time; has a default"},
     "--runs": {"type": Path, "help": "folder to take runs from, or to store them in"},
     "--seed": {"type": int, "help": "of the examples; another than the run's own"},
     "--together": {"type": int, "default": 1, "help": "runs at once, of this seed and those after it; for a GPU"},
@@ -67,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(storage.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from the last checkpoint")
+        resumes = options.command in (train, finetune) and getattr(options, "together", 1) == 1
+        _fail("stopped" + "; the same command goes on from the last checkpoint" * resumes)
         return 130
 
 
@@ -101,8 +101,8 @@ def evaluate(options: argparse.Namespace) -> int:
     comparisons = sum(len(run.table) for run in runs)
     measured, apart = [], 0
     for run in runs:
-        model, passes = run.load_model(options.device), run.experiment.passes
-        table = accuracy_by_depth(model, run.make_task(), passes, options.examples, options.seed)
+        model, batch = run.load_model(options.device), getattr(run.experiment, "batch", BATCH)
+        table = accuracy_by_depth(model, run.make_task(), run.experiment.passes, options.examples, options.seed, batch)
         differs = differing(table, run.table, comparisons)
         apart += len(differs)
         if options.json:
@@ -135,7 +135,7 @@ def probe(options: argparse.Namespace) -> None:
 
 def results(options: argparse.Namespace) -> None:
     runs = run_store.stored_runs(options.runs)
-    print(json.dumps([run.row() for run in runs], indent=1) if options.json else "\n".join(results_in_lines(runs)))
+    print(json.dumps([run.row() for run in runs], indent=1) if options.json else "\n".join(in_lines(runs)))
 
 
 def reproduce(options: argparse.Namespace) -> int:
@@ -202,19 +202,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(flag, type=field.type, default=default, help=field.metadata["help"])
         command.set_defaults(command=function, **defaults)
 
-    here = ("--device", "--threads")
-    how = ("--compile", "--recompute", "--quiet", "--examples", *here)
-    own: dict[str, Any] = {"runs": run_store.OWN}
-    what = "train one run, or resume it, and store it"
-    add(train, what, "--runs", "--together", *how, settings=experiments.Experiment, **own)
-    add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *here, run="*", seed=7)
+    how = ("--runs", "--recompute", "--quiet", "--examples", "--device", "--threads")
+    runs: dict[str, Any] = {"runs": run_store.OWN}
+    more = ("--together", "--compile", *how)
+    add(train, "train one run, or resume it, and store it", *more, settings=experiments.Experiment, **runs)
+    add(evaluate, "measure stored runs anew and compare", "--seed", "--examples", "--json", *how[4:], run="*", seed=7)
     probed = ("--runs", "--json", "--threads")
-    add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **own)
+    add(probe, "measure what can be read from S after each pass", *probed, run="+", settings=probes.Settings, **runs)
     add(results, "all stored runs in one table", "--runs", "--json")
     add(reproduce, "train a stored run again and compare", "--runs", "--quiet", run=1)
-    add(bench, "measure what sleep costs on this machine", "--only", "--json", *here)
-    what = "fine-tune a pretrained model to sleep, or resume it"
-    add(finetune, what, "--runs", *how[1:], settings=finetuning.FineTuning, examples=400, **own)
+    add(bench, "measure what sleep costs on this machine", "--only", "--json", *how[4:])
+    add(finetune, "teach a pretrained model to sleep", *how, settings=finetuning.FineTuning, examples=400, **runs)
     return parser
 
 

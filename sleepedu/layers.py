@@ -25,7 +25,7 @@ class WindowCache:
 
     keys: Tensor | None = None  # (b, h, seen, d), of attention
     values: Tensor | None = None  # (b, h, seen, d), of attention
-    tail: Tensor | None = None  # (b, convolution - 1, channels): what the short convolution saw last
+    tail: Tensor | None = None  # (b, convolution - 1, c), what the short convolution saw last; Qwen3.5's is (b, c, ...)
     start: int = 0  # the place of the first key in the text
     reach: int = 0  # L where windows slide: a token sees itself and the L - 1 before it; 0: all that is there
 
@@ -62,7 +62,8 @@ class WindowCache:
 
     def compact(self) -> "WindowCache":
         """Return the cache without the memory of larger tensors that its own are views of."""
-        return replace(self, **{name: part.clone() for name, part in vars(self).items() if isinstance(part, Tensor)})
+        copies: Any = {name: part.clone() for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **copies)
 
 
 class CausalAttention(nn.Module):

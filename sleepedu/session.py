@@ -50,8 +50,9 @@ class Session:
         layers = (*self._cache, *(self._left or ()))
         cached = (part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor))
         held = (*self.S, *cached, *(tensor for pair in self._read for tensor in pair))
-        memory = (tensor.untyped_storage() for tensor in held)  # what a view keeps is all that it is a view of
-        return sum({block.data_ptr(): block.nbytes() for block in memory}.values())
+        return sum(
+            {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, held)}.values()
+        )  # a view keeps it all
 
     @torch.no_grad()
     def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:

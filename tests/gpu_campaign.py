@@ -37,7 +37,7 @@ SMALL_HYBRID = ["small-hybrid", "--window", "80", "--quantities", "6", "--operat
 SMALL_HYBRID += ["--forms", "more", "--digits", "5", "--rank", "0", "--batch", "32", "--steps", "6000"]
 RUNS = {
     "train": [
-        [*NARROW, "--model", "longer"],  # beside the stored N = 1 and 4, in half the width
+        [*NARROW, "--passes", "4", "--steps", "26770"],  # as many tokens as the stored N = 1 on more steps
         *([*NARROW, "--passes", str(n)] for n in (2, 8)),
         [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
         [*AUTOMATON, "--model", "deeper"],
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cpu tries the campaign itself")
     chosen = parser.parse_args()
     end = time.monotonic() + 60 * chosen.minutes
+    chosen.out = chosen.out.resolve()  # the parts run in the root
     chosen.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for part in chosen.only:
@@ -110,9 +111,12 @@ def train(part: str, chosen: argparse.Namespace, end: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=60)
         process.kill()
+    runs.mkdir(parents=True, exist_ok=True)
     with tarfile.open(chosen.out / "runs.tgz", "w:gz") as archive:
         archive.add(runs, "runs")
-    return good and not waiting and not going
+    if waiting or going:
+        print(f"{part}: to be continued, the same call goes on")
+    return good
 
 
 HERE = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}}

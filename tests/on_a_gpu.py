@@ -1,4 +1,4 @@
-"""Every public call on "cuda" gives the CPU's numbers: on a real GPU, or on one that is only pretended.
+"""Public calls, all but those for pretrained models, give on "cuda" the CPU's numbers; the GPU may be a pretended one.
 
 ``python -m pytest tests/on_a_gpu.py`` where there is a GPU; ``test_cuda_pretended.py`` runs it elsewhere.
 """

@@ -105,6 +105,9 @@ def test_a_stopped_run_says_that_it_can_go_on(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "run", interrupt)
     assert main([*SMOKE, "--runs", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr("sleepedu.__main__.run_together", interrupt)
+    assert main([*SMOKE, "--together", "2", "--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "sleepedu: stopped\n", "there is no checkpoint"
 
 
 def test_train_evaluate_and_results(capsys, tmp_path):

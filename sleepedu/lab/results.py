@@ -80,7 +80,7 @@ def beside_stored(table: Table, run: Any, differs: Sequence[int]) -> list[str]:
     return aligned([{run.make_task().depth_name: d, **asdict(a), **stored[d]} for d, a in table.items()])
 
 
-def lines(runs: list[Run]) -> list[str]:
+def in_lines(runs: list[Run]) -> list[str]:
     """Return the table as text for a terminal: runs that differ in their seed alone in one line, with their names."""
     shown = []
     for (name, size), models in grouped(runs).items():

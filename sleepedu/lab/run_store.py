@@ -50,7 +50,7 @@ class Run:
     history: History
     table: Table
     provenance: dict[str, Any]
-    weights_checksum: str  # the SHA-256 of weights.pt, "" for a run stored without
+    weights_checksum: str  # the SHA-256 of its file of weights, "" for a run stored without
 
     @property
     def name(self) -> str:

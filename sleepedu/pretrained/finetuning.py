@@ -9,7 +9,8 @@ import torch
 
 from sleepedu import checks, storage
 from sleepedu.checkpoint import Checkpoint
-from sleepedu.evaluation import accuracy_by_depth
+from sleepedu.evaluation import accuracy_by_depth, check_examples
+from sleepedu.fast.precision import choose_precision
 from sleepedu.lab import run_store
 from sleepedu.lab.experiments import check_memory
 from sleepedu.lab.recipes import setting
@@ -25,7 +26,7 @@ TRAINED = "trained.safetensors"  # in a run's folder: its weights
 class FineTuning:
     """One fine-tuning in words; the command line asks for the same fields. ValueError for what cannot be trained."""
 
-    source: str = field(metadata={"help": "the model: a name on the hub, a folder, a .gguf file, or smollm2"})
+    source: str = field(metadata={"help": "a name on the hub, a folder, a .gguf file, smollm2 or small-hybrid"})
     passes: int = setting(4, "N, sleep passes over every window")
     seed: int = setting(0, "of what is new in the model, and of all examples")
     steps: int = setting(500, "of training")
@@ -68,6 +69,8 @@ class FineTuning:
         named = {"source", "passes", "carry", "steps", "seed"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         others = {name: value for name, value in values.items() if name not in named}
+        if Path(self.source).name != self.source:
+            others["source"] = self.source
         digits = run_store.json_checksum(others)[:6]
         words = (f"N{self.passes}", self.carry, f"{self.steps}steps", digits, f"seed{self.seed}")
         return "-".join([Path(self.source).name, *words])
@@ -127,8 +130,9 @@ def finetune(
 
     watch: as in ``train``. examples: to measure on, for every number of operations. recompute: compute every block
     again for its gradient, which all but the smallest models need. Raises what ``load``, ``retrofit`` and ``train``
-    raise; ValueError, before any weights are fetched, for a GPU that is too small.
+    raise; ValueError, before any weights are fetched, for a GPU that is too small, or no examples.
     """
+    check_examples(examples, settings.batch)
     where = run_store.find_device(device)
     for path in (run_store.COMMITTED / run_store.FINE_TUNED / settings.name, Path(directory) / settings.name):
         if (path / "run.json").exists() and (found := load_finetuned(path)).experiment == settings:
@@ -142,6 +146,8 @@ def finetune(
         history = train(model, task, settings.train_config, watch, checkpoint)
         table = accuracy_by_depth(model, task, settings.passes, examples, settings.seed, batch=settings.batch)
         made = {
+            "precision": choose_precision(settings.train_config.precision, where),
+            "recomputed": recompute,
             "trained": sum(weight.numel() for weight in model.state_dict().values()),
             "gate": model.gate.abs().mean().item() if settings.carry == "gate" else None,
         }

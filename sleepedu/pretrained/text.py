@@ -91,7 +91,7 @@ class TextReasoning(Task):
 
     @cached_property
     def prompt_length(self) -> int:
-        longest = max(len(self._ids(asked(name))) for name in NAMES)
+        longest = max(len(self._asks(name)) for name in NAMES)
         return len(self._prompt) if self.ask == "one" else self.quantities * longest
 
     @property
@@ -127,7 +127,7 @@ class TextReasoning(Task):
             (dial,) = self.problem.asked_dials(drawn, index)
             question, asks = self._ids(f"Question: what does the {called[dial]} dial show?"), [self._prompt]
         else:
-            question, asks = [], [self._ids(asked(called[dial])) for dial in dials if dial in called]
+            question, asks = [], [self._asks(called[dial]) for dial in dials if dial in called]
         own = [
             sentence(called[dial], n, form, [called[of] for of in sources])
             for dial, (n, form, sources) in facts.items()
@@ -161,6 +161,9 @@ class TextReasoning(Task):
             sentences.append(sentence(name, number, form, sources[:count]))
             known.append(name)
         return sentences
+
+    def _asks(self, name: str) -> list[int]:
+        return self._ids(f"{asked(name)} 0")[:-1]  # up to the digit: some tokenizers have a token for its space
 
     def _ids(self, text: str) -> list[int]:
         return [token for word in re.findall(" ?[^ ]+", text) for token in word_tokens(self.tokenizer, word)]
