@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(storage.first_line(error), on_every_rank=True)
     except KeyboardInterrupt:
-        resumes = options.command in (train, finetune) and getattr(options, "together", 1) == 1
+        one = options.command in (train, finetune, reproduce) and getattr(options, "together", 1) == 1
+        resumes = one and options.runs is not None  # where reproduce keeps nothing, there is nothing to go on from
         _fail("stopped" + "; the same command goes on from the last checkpoint" * resumes)
         return 130
 

@@ -62,7 +62,7 @@ class Checkpoint:
             if stored["settings"] != self._settings:
                 raise ValueError("it is of a run with other settings")
             for name, part in stateful(state).items():
-                if stored[name]:  # a scaler that had nothing to do has no state
+                if stored[name] or name != "scaler":  # one that had nothing to do has no state
                     part.load_state_dict(stored[name])
             vars(state.history).update(stored["history"])
             vars(state).update({name: stored[name] for name in PLAIN})

@@ -50,9 +50,8 @@ class Session:
         layers = (*self._cache, *(self._left or ()))
         cached = (part for layer in layers for part in vars(layer).values() if isinstance(part, Tensor))
         held = (*self.S, *cached, *(tensor for pair in self._read for tensor in pair))
-        return sum(
-            {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, held)}.values()
-        )  # a view keeps it all
+        blocks = {s._cdata: s.nbytes() for s in map(Tensor.untyped_storage, held)}  # a view keeps the whole
+        return sum(blocks.values())
 
     @torch.no_grad()
     def read(self, tokens: Tensor, logits: bool = True) -> Tensor | None:

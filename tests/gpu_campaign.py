@@ -75,7 +75,8 @@ def main() -> int:
         most = min(most, end - time.monotonic() - 5)
         began = time.monotonic()
         good = train(part, chosen, end) if part in RUNS else call(part, on(command, chosen.device), chosen.out, most)
-        print(f"{part}: {'done' if good else 'FAILED'} in {time.monotonic() - began:.0f} s", flush=True)
+        state = "done" if good else "FAILED" if good is False else "to be continued by the same call, stopped"
+        print(f"{part}: {state} in {time.monotonic() - began:.0f} s", flush=True)
         failed += [] if good else [part]
     return int(bool(failed))
 
@@ -95,8 +96,8 @@ def call(part: str, command: list[str], out: Path, most: float) -> bool:
             return False
 
 
-def train(part: str, chosen: argparse.Namespace, end: float) -> bool:
-    """Train one command after the other, two at a time, for as long as there is time; pack what there is."""
+def train(part: str, chosen: argparse.Namespace, end: float) -> bool | None:
+    """Train one command after the other, two at a time, while there is time; pack what there is. None: it goes on."""
     runs, waiting, going, good = chosen.out / "runs", list(RUNS[part]), [], True
     how = ["--device", chosen.device, "--runs", str(runs), "--quiet"]
     while (waiting or going) and time.monotonic() < end - 10:
@@ -114,9 +115,7 @@ def train(part: str, chosen: argparse.Namespace, end: float) -> bool:
     runs.mkdir(parents=True, exist_ok=True)
     with tarfile.open(chosen.out / "runs.tgz", "w:gz") as archive:
         archive.add(runs, "runs")
-    if waiting or going:
-        print(f"{part}: to be continued, the same call goes on")
-    return good
+    return False if not good else None if waiting or going else True
 
 
 HERE = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}}

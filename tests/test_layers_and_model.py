@@ -1,6 +1,7 @@
 """The layers are their equations; the model is causal, streams, and says what does not fit."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from sleepedu import fast_weights, layers
 from sleepedu.evaluation import accuracy_by_depth
 from sleepedu.fast_weights import gated_delta
+from sleepedu.lab.compute import example_operations
 from sleepedu.lab.probes import Settings, probe_model
 from sleepedu.layers import CausalAttention, FastWeightMixer, WindowCache, rotate
 from sleepedu.model import RULES, ModelConfig, SleepLM
@@ -208,6 +210,7 @@ def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, 
     if layout == "ag":
         session = Session(model, 10, 2, 3)
         session.read(episode.windows[:, 0])
+        assert session.held_bytes == 4 * sum(S.numel() for S in session.S)  # the window is full: it has slept
         assert session.answer(episode.prompt).shape == (3, 8, 11) and session.S[0].shape == (3, 2, 8, 8)
         trace = SleepTrace()
         sleep(model, episode.windows[:, 0], passes=2, trace=trace)
@@ -226,6 +229,11 @@ def test_a_model_on_meta_knows_shapes_and_says_where_numbers_are_needed(layout, 
 def test_the_smallest_mlp_is_one_wide():
     model = SleepLM(ModelConfig(vocabulary=4, width=98, heads=1, layout="g", mlp_ratio=1 / 98))  # 98 * (1 / 98) < 1
     assert model.layers[0].mlp.out.weight.shape == (98, 1)
+    task = GraphRetrieval(nodes=4, hops=2, queries=3)
+    one, two, all_of_it = (
+        example_operations(replace(model.config, mlp_ratio=ratio), task, passes=1) for ratio in (1 / 98, 2.5 / 98, 1.0)
+    )
+    assert all_of_it - one == 97 * (two - one) > 0
 
 
 def test_fast_weights_stay_float32_under_autocast(make_model, monkeypatch):

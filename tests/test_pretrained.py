@@ -171,7 +171,11 @@ def test_the_gradient_goes_through_all_passes_and_windows(kind, make):
 
 @pytest.mark.parametrize("kind", LIKE_LLAMA)
 def test_a_retrofit_changes_no_logit_by_a_bit(kind, tmp_path):
-    llama = saved({"smollm3": "SmolLM3"}.get(kind, kind.capitalize()), LLAMA | {"pad_token_id": 0, "sliding_window": None}, tmp_path)
+    llama = saved(
+        {"smollm3": "SmolLM3"}.get(kind, kind.capitalize()),
+        LLAMA | {"pad_token_id": 0, "sliding_window": None},
+        tmp_path,
+    )
     model, text = retrofit(llama), tokens(2, 9)
     with torch.no_grad():
         S = sleep(model, tokens(2, 9, seed=1), passes=3)

@@ -41,7 +41,7 @@ def _blocks(config: ModelConfig, length: int, kept: float) -> Iterator[tuple[flo
     """
     width, (heads, d_v, d_k) = config.width, config.state_shape
     chunk = length / -(-length // 64)  # the length of a chunk: the window in as few parts as it takes
-    mlp = 6 * length * int(config.mlp_ratio * width) * width
+    mlp = 6 * length * max(1, int(config.mlp_ratio * width)) * width
     last = config.layout.rfind("g")  # after the last S nothing hears from S
     for place, letter in enumerate(config.layout):
         if letter == "g":

@@ -130,12 +130,14 @@ document.querySelectorAll(".live-night").forEach((here) => {
   find("#night-passes").addEventListener("input", ({ target }) => show(Number(target.value)));
   find("#night-trained").addEventListener("input", ({ target }) => {
     clearTimeout(timer);
+    speak(true);
     state.N = Number(target.value);
     sleepOn();
   });
   find("#night-sleep").addEventListener("click", play);
   find("#night-shuffle").addEventListener("click", () => {
     clearTimeout(timer);
+    speak(true);
     sleepeduLive.shuffle(state.ring);
     sleepeduLive.shuffle(state.told);
     sleepOn();
