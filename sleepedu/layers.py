@@ -62,8 +62,9 @@ class WindowCache:
 
     def compact(self) -> "WindowCache":
         """Return the cache without the memory of larger tensors that its own are views of."""
-        copies: Any = {name: part.clone() for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **copies)
+        parts = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        views: Any = {name: x.clone() for name, x in parts.items() if x.nbytes < x.untyped_storage().nbytes()}
+        return replace(self, **views)
 
 
 class CausalAttention(nn.Module):

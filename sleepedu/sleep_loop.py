@@ -9,9 +9,8 @@
     h, S <- Blocks(Embed(prompt), S)             prediction: exactly one pass
     logits <- Out(h)
 
-The first pass of a sleep is the reading itself, so N = 1 is the plain hybrid. Gradients flow through all of it.
-``carry`` is where variants differ in the h that goes round; ``prelude`` and ``coda`` do nothing but in pretrained
-models. Where windows slide (``eviction="sliding"``) the cache keeps the last L - 1 tokens instead of being cleared.
+The first pass is the reading itself: N = 1 is the plain hybrid. Gradients flow through all of it. ``prelude`` and
+``coda`` are for pretrained models. Where windows slide (``eviction="sliding"``) the cache keeps the last L - 1 tokens.
 """
 
 from contextlib import nullcontext

@@ -11,16 +11,8 @@ from sleepedu import Episode, Session, SleepTrace, run_episode, sleep, sleep_unt
 
 transformers = pytest.importorskip("transformers", reason="pip install 'sleepedu[pretrained]'")
 
-from sleepedu.pretrained import (  # noqa: E402
-    add_lora,
-    load,
-    loading,
-    restore,
-    retrofit,
-    save,
-)
+from sleepedu.pretrained import add_lora, load, loading, restore, retrofit, save  # noqa: E402
 from sleepedu.pretrained.blocks import PretrainedLM  # noqa: E402
-from sleepedu.pretrained.loading import LIKE_LLAMA  # noqa: E402
 
 VOCABULARY = 31
 HYBRID = {
@@ -169,7 +161,7 @@ def test_the_gradient_goes_through_all_passes_and_windows(kind, make):
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), length, rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("kind", LIKE_LLAMA)
+@pytest.mark.parametrize("kind", loading.LIKE_LLAMA)
 def test_a_retrofit_changes_no_logit_by_a_bit(kind, tmp_path):
     llama = saved(
         {"smollm3": "SmolLM3"}.get(kind, kind.capitalize()),
