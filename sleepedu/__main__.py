@@ -81,8 +81,9 @@ def train(options: argparse.Namespace) -> None:
         if any(choice is not None for choice in how.values()):
             raise ValueError("compile and recompute are chosen for single runs: leave them out beside --together")
         seeds, start = range(experiment.seed, experiment.seed + options.together), experiment.trained_from
-        own = f"seed{experiment.seed}"  # each goes on from the run of its own seed
-        alike = [replace(experiment, seed=s, trained_from=start.replace(own, f"seed{s}")) for s in seeds]
+        own = f"-seed{experiment.seed}"  # where the run to go on from has it, each goes on from the run of its own
+        starts = [f"{start.removesuffix(own)}-seed{s}" if start.endswith(own) else start for s in seeds]
+        alike = [replace(experiment, seed=s, trained_from=one) for s, one in zip(seeds, starts, strict=True)]
         runs: list[Any] = run_together(alike, options.device, options.runs, watch, options.examples)
     else:
         runs = [experiments.run(experiment, options.device, options.runs, watch, options.examples, **how)]
@@ -92,15 +93,13 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    # All runs are looked for before one is measured.
-    runs: list[Any] = [finetuning.load_any(run) for run in options.run] or run_store.stored_runs()
+    runs: list[Any] = [finetuning.load_any(run) for run in options.run] or run_store.stored_runs()  # before any work
     if not runs:
         raise ValueError("there are no stored runs to measure: train one and name it")
     for run in runs:
         if options.seed == run.experiment.seed:
             raise ValueError(f"seed {options.seed} drew the examples of the stored table of {run.name}: take another")
-    comparisons = sum(len(run.table) for run in runs)
-    measured, apart = [], 0
+    measured, apart, comparisons = [], 0, sum(len(run.table) for run in runs)
     for run in runs:
         model, batch = run.load_model(options.device), getattr(run.experiment, "batch", BATCH)
         table = accuracy_by_depth(model, run.make_task(), run.experiment.passes, options.examples, options.seed, batch)

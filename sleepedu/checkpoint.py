@@ -22,7 +22,7 @@ PLAIN = ("sums", "step", "seconds")  # of a TrainingState, what is stored as it 
 
 
 class Checkpoint:
-    """Keep a training run in a folder, and go on from there: ``train(..., checkpoint=Checkpoint("my_run"))``.
+    """Keep an unfinished training in a folder, and go on from there: ``train(..., checkpoint=Checkpoint("my_run"))``.
 
     Ctrl-C and SIGTERM wait for the end of the step and a last save; a second one does not wait. A file that cannot be
     written is a warning, and training goes on. Of several ranks the first one saves, and no signal waits. Training

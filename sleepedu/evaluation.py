@@ -25,7 +25,7 @@ def accuracy_by_depth(
     Wilson's, and an example counts once however many questions it asks, as these are not independent; one that asks
     nothing does not count.
     batch: examples read at once. Raises ValueError for N < 1, examples outside 1..10,000 batches, batch < 1, a seed
-    outside 0..2^32 - 1, a vocabulary smaller than the task's or a scoring other than "each" and "all".
+    outside 0..2^32 - 1, a vocabulary smaller than the task's, another depth than asked for, or an unknown scoring.
     """
     return accuracy_by_pass(model, task, [passes], examples, seed, batch)[passes]
 
@@ -50,6 +50,8 @@ def accuracy_by_pass(
         for number, start in enumerate(range(0, examples, batch)):
             generator = stream(seed, TESTING, 10_000 * (depth + 1) + number)
             episode = task.sample(min(batch, examples - start), generator, depth)
+            if (episode.depth[episode.asked] != depth).any():
+                raise ValueError(f"the {task.name} task was asked for depth {depth}, and its episode has others")
             for n, logits in _woken(model, episode.to(device), tables):
                 hits = logits.argmax(-1).cpu() == episode.targets
                 right[n] += _share_right(task, hits, episode.asked).sum().item()

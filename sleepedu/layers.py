@@ -21,7 +21,7 @@ EPSILON = 1e-6  # keeps a vector of zeros from being divided by its length, 0
 
 @dataclass
 class WindowCache:
-    """What one layer needs to read a window in pieces; it is thrown away with the window, and only S goes on."""
+    """What one layer needs to read a window in pieces, thrown away with it; where windows slide, its end is kept."""
 
     keys: Tensor | None = None  # (b, h, seen, d), of attention
     values: Tensor | None = None  # (b, h, seen, d), of attention

@@ -18,8 +18,8 @@ class Session:
     window: L, tokens that attention can hold. passes: N. batch: sequences read side by side. tolerance: None, or to end
     a sleep before N passes as ``sleep_until_settled`` does. ``S`` is the fast weights; ``tokens_read`` and ``sleeps``
     count; ``passes_taken`` (batch,) is of the last sleep. Raises ValueError for a window, N or batch below 1, a window
-    longer than the model has positions, a model that keeps its cache, or a tolerance that means nothing. (Where windows
-    slide, positions count on: after some ten million tokens the rounding of their angles shows in the logits.)
+    longer than the model has positions, a model that keeps its cache, or a tolerance that means nothing. (Windows that
+    slide keep the last one too, and count positions on: after some ten million tokens rounding shows in the logits.)
     """
 
     def __init__(self, model: SleepLM, window: int, passes: int, batch: int = 1, tolerance: float | None = None):
@@ -33,10 +33,9 @@ class Session:
             raise ValueError(f"a window of {window} tokens does not fit the model's {model.config.positions} positions")
         self.model, self.window, self.passes, self.batch, self.tolerance = model, window, passes, batch, tolerance
         self.S = model.empty_fast_weights(batch)
-        self.tokens_read = self.sleeps = 0
+        self.tokens_read = self.sleeps = self._filled = 0
         self.passes_taken = torch.zeros(batch, dtype=torch.long, device=model.head.weight.device)
         self._cache: list[WindowCache]
-        self._filled: int
         self._clear_window(model.empty_cache(window) if model.config.eviction == "sliding" else None)
 
     @property

@@ -37,7 +37,6 @@ SMALL_HYBRID = ["small-hybrid", "--window", "80", "--quantities", "6", "--operat
 SMALL_HYBRID += ["--forms", "more", "--digits", "5", "--rank", "0", "--batch", "32", "--steps", "6000"]
 RUNS = {
     "train": [
-        [*NARROW, "--passes", "4", "--steps", "26770"],  # as many tokens as the stored N = 1 on more steps
         *([*NARROW, "--passes", str(n)] for n in (2, 8)),
         [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
         [*AUTOMATON, "--model", "deeper"],

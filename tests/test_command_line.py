@@ -250,3 +250,18 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(experiments, "run", fail)
     with pytest.raises(AssertionError, match="a mistake in the library"):
         main(SMOKE)
+
+
+@pytest.mark.parametrize(
+    "start, starts",
+    [
+        ("graph-smoke-sleep-N1-seed1", ["graph-smoke-sleep-N1-seed1", "graph-smoke-sleep-N1-seed2"]),
+        ("graph-smoke-sleep-N1-seed10", ["graph-smoke-sleep-N1-seed10"] * 2),
+    ],
+)
+def test_runs_together_go_on_from_the_runs_of_their_own_seeds(monkeypatch, start, starts):
+    asked = []
+    monkeypatch.setattr("sleepedu.__main__.run_together", lambda alike, *_: asked.extend(alike) or [])
+    command = [*SMOKE, "--together", "2", "--seed", "1", "--passes", "4", "--trained-from", start]
+    assert main(command) == 0
+    assert [(one.seed, one.trained_from) for one in asked] == list(zip((1, 2), starts, strict=True))

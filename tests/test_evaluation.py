@@ -302,3 +302,12 @@ def test_one_sleep_gives_what_as_many_sleeps_would(layout, settings, windows, ma
         assert table == accuracy_by_depth(model, task, n, examples=30, batch=20)
     with pytest.raises(ValueError, match=r"passes \(N\)"):
         accuracy_by_pass(model, task, (1, 0))
+
+
+def test_a_task_that_does_not_ask_at_the_depth_it_is_told_is_refused(make_model):
+    class Deaf(GraphRetrieval):
+        def sample(self, batch, generator, depth=None):
+            return super().sample(batch, generator, 1)
+
+    with pytest.raises(ValueError, match="the graph task was asked for depth 2, and its episode has others"):
+        accuracy_by_depth(make_model(), Deaf(nodes=4, hops=2, queries=2), passes=1, examples=4)

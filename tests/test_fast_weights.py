@@ -216,3 +216,8 @@ def test_the_gradient_of_a_gate_is_as_small_as_the_gate(rule, forgetting, where)
         for gradient, exact in zip(found[name].flatten(2).unbind(2), wanted.flatten(2).unbind(2), strict=True):
             scale = exact.abs().max().item()  # of one token, not of the largest
             torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=2e-4 * scale + 1e-30)
+
+
+def test_a_rule_that_has_no_fast_form_is_not_another_in_silence():
+    with pytest.raises(ValueError, match="there is no fast form of a rule 'oja'"):
+        fast_rule("oja", *[torch.zeros(1, 1, 1, 8)] * 3, *[torch.zeros(1, 1, 1)] * 2, torch.zeros(1, 1, 8, 8))

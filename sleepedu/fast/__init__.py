@@ -27,6 +27,8 @@ def fast_rule(name: str, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tens
         b = torch.ones_like(b)
     if name in ("gated", "hebbian"):
         return gated_delta_chunked(q, k, v, log_a, b, S, corrects=False)
+    if name not in ("delta", "gated_delta"):
+        raise ValueError(f"there is no fast form of a rule {name!r}: give it one here")
     return gated_delta_fast(q, k, v, log_a, b, S)
 
 
