@@ -86,8 +86,9 @@ def overview(runs: list[Run]) -> str:
     picture = base64.b64encode(drawn.getvalue().encode()).decode()
     return (
         f'<figure><img src="data:image/svg+xml;base64,{picture}" alt="{OVERVIEW}"><figcaption>'
-        "Right answers by depth, means over the seeds: sentences at a rate of 0.005, as in chapter 7 (one pass has more "
-        "at 0.01 from two operations on), the automaton on 20 cells. The tables below have the intervals, the controls and the costs.</figcaption></figure>\n"
+        "Right answers by depth, means over the seeds: sentences at a rate of 0.005, as in chapter 7 (at 0.01 one pass "
+        "has more from two operations on), the automaton on 20 cells. The tables below have the intervals, the "
+        "controls and the costs.</figcaption></figure>\n"
     )
 
 
