@@ -17,8 +17,8 @@ GOAL = {
     **{"raw": 0, "sliders": 0.5, "median": 10},
 }
 CEILINGS: dict[str, dict[str, float]] = {"06": {"median": 15}, "12": {"median": 16}}
-# Directives, roles and targets: what only Jupyter Book understands.
-RAW = re.compile(r"^ *(?:`{3,}|:{3,}|~{3,})\{|\{[a-zA-Z][\w:+-]*\}`|^\([\w-]+\)=$", re.MULTILINE)
+# Directives, roles and targets, which only Jupyter Book understands, and links within a page, which it does not find.
+RAW = re.compile(r"^ *(?:`{3,}|:{3,}|~{3,})\{|\{[a-zA-Z][\w:+-]*\}`|^\([\w-]+\)=$|\]\(#", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,9 @@ def test_code_is_measured_where_it_is_seen():
 
 @pytest.mark.parametrize(
     "text",
-    ["```{exercise} One\n```", ":::{note}\n:::", "after {cite}`hebb`", "{py:func}`x`", "(here)=\n# A"],
+    ["```{exercise} One\n```", ":::{note}\n:::", "after {cite}`hebb`", "{py:func}`x`", "(here)=\n# A", "[a](#a)"],
 )
-def test_markup_that_only_jupyter_book_understands_is_found(text):
+def test_markup_that_not_every_place_understands_is_found(text):
     notebook = {"cells": [cell("markdown", f"Before.\n\n{text}\n"), cell("code", "1")]}
     assert book_form.measure(notebook).raw == 1
     assert list(book_form.too_much("a chapter", book_form.measure(notebook))) == [
