@@ -24,7 +24,7 @@ class Accuracy:
     @property
     def percent(self) -> str:
         """Percent right and its interval, as "29 (17, 42)"."""
-        return f"{100 * self.accuracy:.0f} ({100 * self.low:.0f}, {100 * self.high:.0f})"
+        return f"{100 * self.accuracy:.0f} ({100 * self.low:z.0f}, {100 * self.high:z.0f})"
 
 
 Table = dict[int, Accuracy]  # depth -> accuracy

@@ -40,6 +40,7 @@ def measured(right, n):
 def test_an_accuracy_is_written_in_percent():
     assert Accuracy(0.294, 0.168, 0.421, 2000).percent == "29 (17, 42)"
     assert Accuracy(1.0, 0.998, 1.0, 2000).percent == "100 (100, 100)"
+    assert Accuracy(0.001, -0.003, 0.005, 2000).percent == "0 (0, 0)"  # not -0: an interval across seeds may go below
 
 
 @pytest.mark.parametrize(
