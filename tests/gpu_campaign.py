@@ -38,7 +38,6 @@ SMALL_HYBRID += ["--forms", "more", "--digits", "5", "--rank", "0", "--batch", "
 RUNS = {
     "train": [
         *([*NARROW, "--passes", str(n)] for n in (2, 8)),
-        [*AUTOMATON, "--passes", "4", "--steps", "26820"],  # as many tokens as the stored N = 1 on more steps
         [*AUTOMATON, "--model", "deeper"],
         [*AUTOMATON, "--model", "varied", "--passes", "8"],
         [*AUTOMATON, "--model", "kept"],
